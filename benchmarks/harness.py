@@ -1,0 +1,119 @@
+"""What every benchmark shares: the machine's description, JSON lines, interleaved kernel timing.
+
+``--json FILE`` appends one object per row, each with the GPU, its clocks and the versions, so that
+figures from different days can be told apart.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import fp8moe
+
+FLUSH_BYTES = 256 << 20  # several times the L2 of an H100 (50 MB) or H200 (60 MB)
+_SPIN_CYCLES = 300_000
+
+
+def machine() -> dict[str, object]:
+    """GPU, driver, clocks (MHz), power (W) and versions."""
+    query = "driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    try:
+        line = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        ).stdout.splitlines()[0]
+        smi = dict(zip(query.split(","), (v.strip() for v in line.split(",")), strict=True))
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        smi = {"nvidia-smi": f"not available: {error}"}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "sms": properties.multi_processor_count,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "fp8moe": fp8moe.__version__,
+        **smi,
+    }
+
+
+def append_json(path: str | None, rows: list[dict[str, object]]) -> None:
+    """Append each row, with the date and the machine, as one JSON line; one write for all."""
+    if path is None or not rows:
+        return
+    about = {"date": datetime.date.today().isoformat(), **machine()}
+    text = "".join(json.dumps({**row, **about}) + "\n" for row in rows)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(text)
+
+
+def time_interleaved(
+    functions: dict[str, Callable[[], object]], iterations: int = 20
+) -> dict[str, float]:
+    """Median time in us of each function, L2 flushed before every launch, in alternation.
+
+    Interleaving gives every contender the same clocks and temperature. The GPU spins before the
+    first event for longer than the host takes to launch, so host time does not count.
+    """
+    flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+    for fn in functions.values():
+        for _ in range(2):
+            fn()
+    torch.cuda.synchronize()
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in functions}
+    for _ in range(iterations):
+        for name, fn in functions.items():
+            start = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            flush.zero_()
+            torch.cuda._sleep(_SPIN_CYCLES)
+            start.record()
+            fn()
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {
+        name: statistics.median(s.elapsed_time(e) * 1e3 for s, e in pairs)
+        for name, pairs in events.items()
+    }
+
+
+def time_sustained(fn: Callable[[], object], seconds: float = 0.25) -> float:
+    """Mean time in us of back-to-back launches on a card that has been kept busy as long before."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    fn()
+    start.record()
+    fn()
+    end.record()
+    torch.cuda.synchronize()
+    count = max(5, int(seconds * 1e3 / max(start.elapsed_time(end), 1e-3)))
+    for _ in range(count):
+        fn()
+    start.record()
+    for _ in range(count):
+        fn()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) * 1e3 / count
+
+
+def table(rows: list[dict[str, object]], columns: list[str]) -> str:
+    """Rows as aligned text."""
+    cells = [columns] + [
+        [f"{v:.3g}" if isinstance(v := row.get(c, ""), float) else str(v) for c in columns]
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(text.rjust(w) for text, w in zip(line, widths, strict=True)) for line in cells
+    )

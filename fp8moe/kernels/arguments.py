@@ -1,0 +1,88 @@
+"""Argument checks of the memory-bound operators; errors name what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+
+from fp8moe.kernels.fp8tensor import BLOCK, ceil_div
+
+
+def check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int | None, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None = None,
+) -> None:
+    """Raise unless `tensor` is contiguous and has this shape (None: any size), dtype and device.
+
+    Raises: ValueError naming the argument, what was expected and what came.
+    """
+    got = tuple(tensor.shape)
+    fits = len(got) == len(shape) and all(
+        s is None or s == g for s, g in zip(shape, got, strict=True)
+    )
+    if not fits:
+        expected = ", ".join("*" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name}: expected shape ({expected}), got {got}")
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(str(d) for d in dtypes)
+        raise ValueError(f"{name}: expected {expected}, got {tensor.dtype}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{name}: expected a contiguous tensor, got strides {tuple(tensor.stride())} "
+            f"for shape {got}"
+        )
+
+
+def check_scale(name: str, scale: torch.Tensor, data: torch.Tensor) -> None:
+    """Raise unless `scale` is an MN-major per_token scale for `data`.
+
+    Raises: ValueError naming the argument, what was expected and what came.
+    """
+    rows, columns = data.shape
+    blocks = ceil_div(columns, BLOCK)
+    if tuple(scale.shape) != (rows, blocks):
+        raise ValueError(
+            f"{name}: expected ({rows}, {blocks}) for data ({rows}, {columns}), "
+            f"got {tuple(scale.shape)}"
+        )
+    if scale.dtype != torch.float32:
+        raise ValueError(f"{name}: expected torch.float32, got {scale.dtype}")
+    if scale.device != data.device:
+        raise ValueError(f"{name}: expected a tensor on {data.device}, got {scale.device}")
+    unit = rows <= 1 or scale.stride(0) == 1
+    if not unit or (blocks > 1 and scale.stride(1) < rows):
+        raise ValueError(
+            f"{name}: expected an MN-major scale with strides (1, >= {rows}), "
+            f"got strides {tuple(scale.stride())}"
+        )
+
+
+def check_slot_of_row(slot_of_row: torch.Tensor, device: torch.device) -> None:
+    """Raise unless `slot_of_row` is a routing map of whole 128-row blocks.
+
+    Raises: ValueError naming what was expected and what came.
+    """
+    check_tensor("slot_of_row", slot_of_row, (None,), (torch.int32,), device)
+    if slot_of_row.shape[0] % BLOCK:
+        raise ValueError(
+            f"slot_of_row: expected a multiple of {BLOCK} rows (see route), "
+            f"got {slot_of_row.shape[0]}"
+        )
+
+
+def check_multiple(name: str, value: int, unit: int) -> None:
+    """Raise ValueError unless `value` is a multiple of `unit`."""
+    if value % unit:
+        raise ValueError(f"{name}: expected a multiple of {unit}, got {value}")
+
+
+def check_aligned(**tensors: torch.Tensor) -> None:
+    """Raise ValueError unless every tensor starts at a 16-byte address (kernels load 16 bytes)."""
+    for name, tensor in tensors.items():
+        address = tensor.data_ptr()
+        if address % 16:
+            raise ValueError(f"{name}: expected a 16-byte aligned address, got {address:#x}")

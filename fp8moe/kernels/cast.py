@@ -1,0 +1,331 @@
+"""Casts to FP8 (E4M3) with per_token, per_block or per_channel scales, and the byte transpose."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from fp8moe.kernels import jit, reference, registry, status
+from fp8moe.kernels.fp8tensor import (
+    BLOCK,
+    FP8_DTYPE,
+    ceil_div,
+    empty_scale,
+    padded_capacity,
+    scale_ld,
+)
+
+Tensor = torch.Tensor
+Pair = tuple[Tensor, Tensor]
+
+INPUTS = {torch.bfloat16: "Bf16", torch.float16: "F16", torch.float32: "F32"}
+"""The dtypes that can be cast, and their names in the kernels."""
+
+_THREADS = 256
+
+
+def _spec(entry: str, dtype: torch.dtype, pow2: bool) -> jit.KernelSpec:
+    return jit.KernelSpec("cast.cuh", entry, (("INPUT", INPUTS[dtype]), ("POW2", int(pow2))))
+
+
+@functools.cache
+def _kernel(entry: str, dtype: torch.dtype, pow2: bool):
+    return jit.load(_spec(entry, dtype, pow2))
+
+
+def kernel_specs() -> list[jit.KernelSpec]:
+    """Every configuration of the cast kernels that the package can launch."""
+    casts = ("cast_per_token", "cast_per_block", "cast_per_block_both", "cast_per_channel")
+    specs = [_spec(e, dtype, pow2) for dtype in INPUTS for pow2 in (False, True) for e in casts]
+    return [*specs, _spec("transpose_per_block", torch.bfloat16, True)]
+
+
+# Outputs, shared by the CUDA and the fake implementations.
+
+
+def _per_token_outputs(x: Tensor) -> Pair:
+    m, k = x.shape
+    data = torch.empty((m, k), dtype=FP8_DTYPE, device=x.device)
+    return data, empty_scale(m, ceil_div(k, BLOCK), x.device)
+
+
+def _per_block_outputs(e: int, n: int, k: int, device: torch.device) -> Pair:
+    data = torch.empty((e, n, k), dtype=FP8_DTYPE, device=device)
+    shape = (e, ceil_div(n, BLOCK), ceil_div(k, BLOCK))
+    return data, torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def _per_channel_outputs(x: Tensor, group_ends: Tensor) -> Pair:
+    r, n = x.shape
+    capacity = padded_capacity(r, group_ends.shape[0])
+    data = torch.empty((n, capacity), dtype=FP8_DTYPE, device=x.device)
+    return data, empty_scale(n, capacity // BLOCK, x.device)
+
+
+def _aligned(t: Tensor, multiple: int) -> bool:
+    """Whether rows start on 16-byte boundaries, given the row length that makes it so."""
+    return t.shape[-1] % multiple == 0 and t.data_ptr() % 16 == 0
+
+
+# CUDA implementations. A non-contiguous input is copied first.
+
+
+def _cast_per_token_cuda(x: Tensor, pow2: bool) -> Pair:
+    x = x.contiguous()
+    data, scale = _per_token_outputs(x)
+    m, k = x.shape
+    if x.numel():
+        grid = ceil_div(m, 64) * ceil_div(k, 256)
+        args = (x, data, scale, m, k, scale_ld(m), int(_aligned(x, 8)))
+        _kernel("cast_per_token", x.dtype, pow2)(grid, _THREADS, args)
+    return data, scale
+
+
+def _cast_per_block_cuda(w: Tensor, pow2: bool) -> Pair:
+    w = w.contiguous()
+    e, n, k = w.shape
+    data, scale = _per_block_outputs(e, n, k, w.device)
+    if w.numel():
+        args = (w, data, scale, n, k, int(_aligned(w, 8)))
+        _kernel("cast_per_block", w.dtype, pow2)(scale.numel(), _THREADS, args)
+    return data, scale
+
+
+def _cast_per_block_both_cuda(w: Tensor, pow2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    w = w.contiguous()
+    e, n, k = w.shape
+    data, scale = _per_block_outputs(e, n, k, w.device)
+    data_t, scale_t = _per_block_outputs(e, k, n, w.device)
+    if w.numel():
+        flags = (int(_aligned(w, 8)), int(_aligned(data_t, 16)))
+        args = (w, data, scale, data_t, scale_t, n, k, *flags)
+        _kernel("cast_per_block_both", w.dtype, pow2)(scale.numel(), _THREADS, args)
+    return data, scale, data_t, scale_t
+
+
+def _transpose_per_block_cuda(data: Tensor, scale: Tensor) -> Pair:
+    data, scale = data.contiguous(), scale.contiguous()
+    e, n, k = data.shape
+    data_t, scale_t = _per_block_outputs(e, k, n, data.device)
+    if data.numel():
+        grid = e * ceil_div(n, BLOCK) * ceil_div(k, 2 * BLOCK)
+        flags = (int(_aligned(data, 16)), int(_aligned(data_t, 16)))
+        args = (data, scale, data_t, scale_t, n, k, *flags)
+        _kernel("transpose_per_block", torch.bfloat16, True)(grid, _THREADS, args)
+    return data_t, scale_t
+
+
+def _cast_per_channel_cuda(x: Tensor, group_ends: Tensor, pow2: bool) -> Pair:
+    x, group_ends = x.contiguous(), group_ends.contiguous()
+    data, scale = _per_channel_outputs(x, group_ends)
+    (r, n), e = x.shape, group_ends.shape[0]
+    if n:
+        capacity = data.shape[1]
+        grid = capacity // BLOCK * ceil_div(n, BLOCK)
+        flags = (status.pointer(x.device), r, n, e, capacity, scale_ld(n), int(_aligned(x, 8)))
+        _kernel("cast_per_channel", x.dtype, pow2)(
+            grid, _THREADS, (x, group_ends, data, scale, *flags)
+        )
+    return data, scale
+
+
+# Shapes only.
+
+
+def _cast_per_token_fake(x: Tensor, pow2: bool) -> Pair:
+    return _per_token_outputs(x)
+
+
+def _cast_per_block_fake(w: Tensor, pow2: bool) -> Pair:
+    e, n, k = w.shape
+    return _per_block_outputs(e, n, k, w.device)
+
+
+def _cast_per_block_both_fake(w: Tensor, pow2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    e, n, k = w.shape
+    return *_per_block_outputs(e, n, k, w.device), *_per_block_outputs(e, k, n, w.device)
+
+
+def _transpose_per_block_fake(data: Tensor, scale: Tensor) -> Pair:
+    e, n, k = data.shape
+    return _per_block_outputs(e, k, n, data.device)
+
+
+def _cast_per_channel_fake(x: Tensor, group_ends: Tensor, pow2: bool) -> Pair:
+    return _per_channel_outputs(x, group_ends)
+
+
+_cast_per_token_op = registry.define_op(
+    "cast_per_token(Tensor x, bool pow2) -> (Tensor, Tensor)",
+    cpu=reference.cast_per_token,
+    cuda=_cast_per_token_cuda,
+    fake=_cast_per_token_fake,
+)
+_cast_per_block_op = registry.define_op(
+    "cast_per_block(Tensor w, bool pow2) -> (Tensor, Tensor)",
+    cpu=reference.cast_per_block,
+    cuda=_cast_per_block_cuda,
+    fake=_cast_per_block_fake,
+)
+_cast_per_block_both_op = registry.define_op(
+    "cast_per_block_both(Tensor w, bool pow2) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=reference.cast_per_block_both,
+    cuda=_cast_per_block_both_cuda,
+    fake=_cast_per_block_both_fake,
+)
+_transpose_per_block_op = registry.define_op(
+    "transpose_per_block(Tensor data, Tensor scale) -> (Tensor, Tensor)",
+    cpu=reference.transpose_per_block,
+    cuda=_transpose_per_block_cuda,
+    fake=_transpose_per_block_fake,
+)
+_cast_per_channel_op = registry.define_op(
+    "cast_per_channel(Tensor x, Tensor group_ends, bool pow2) -> (Tensor, Tensor)",
+    cpu=reference.cast_per_channel,
+    cuda=_cast_per_channel_cuda,
+    fake=_cast_per_channel_fake,
+)
+
+
+def _check_input(name: str, x: Tensor, dims: tuple[str, ...]) -> None:
+    if x.dtype not in INPUTS:
+        raise ValueError(f"{name}: expected bfloat16, float16 or float32, got {x.dtype}")
+    _check_dims(name, x, dims)
+
+
+def _check_dims(name: str, x: Tensor, dims: tuple[str, ...]) -> None:
+    if x.ndim != len(dims):
+        raise ValueError(
+            f"{name}: expected {len(dims)} dimensions ({', '.join(dims)}), got {tuple(x.shape)}"
+        )
+
+
+def _check_device(name: str, x: Tensor, other: str, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name}: expected device {device} like {other}, got {x.device}")
+
+
+def cast_per_token(x: Tensor, pow2: bool) -> Pair:
+    """data[m, k] = e4m3(x[m, k] / scale[m, k // 128]).
+
+    scale = max |x| of the block / 448, or that rounded up to a power of two.
+
+    Args:
+        x: (M, K), bfloat16, float16 or float32, any strides (made contiguous if it is not).
+        pow2: round scales up to powers of two.
+
+    Returns:
+        data: (M, K) float8_e4m3fn, contiguous.
+        scale: (M, ceil(K/128)) float32, MN-major: strides (1, ceil(M/4)*4). A block with a NaN or
+            Inf has scale NaN and data NaN; an all-zero block has the smallest scale and zero data.
+
+    Raises: ValueError for another dtype or number of dimensions.
+
+    Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2.
+    """
+    _check_input("x", x, ("M", "K"))
+    return _cast_per_token_op(x, pow2)
+
+
+def cast_per_block(w: Tensor, pow2: bool) -> Pair:
+    """data[e, n, k] = e4m3(w[e, n, k] / scale[e, n // 128, k // 128]).
+
+    Args:
+        w: (E, N, K), bfloat16, float16 or float32, any strides (made contiguous if it is not).
+        pow2: round scales up to powers of two.
+
+    Returns:
+        data: (E, N, K) float8_e4m3fn, contiguous.
+        scale: (E, ceil(N/128), ceil(K/128)) float32, contiguous; NaN, Inf and zeros as in
+            `cast_per_token`.
+
+    Raises: ValueError for another dtype or number of dimensions.
+
+    Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2.
+    """
+    _check_input("w", w, ("E", "N", "K"))
+    return _cast_per_block_op(w, pow2)
+
+
+def cast_per_block_both(w: Tensor, pow2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """data, scale = cast_per_block(w); data_t[e, k, n] = data[e, n, k], scale_t likewise.
+
+    Reads w once. A 128 x 128 scale transposes with its block, so both copies hold the same values.
+
+    Args:
+        w: (E, N, K), bfloat16, float16 or float32, any strides (made contiguous if it is not).
+        pow2: round scales up to powers of two.
+
+    Returns:
+        data (E, N, K), scale (E, ceil(N/128), ceil(K/128)), data_t (E, K, N),
+        scale_t (E, ceil(K/128), ceil(N/128)); all contiguous.
+
+    Raises: ValueError for another dtype or number of dimensions.
+
+    Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2.
+    """
+    _check_input("w", w, ("E", "N", "K"))
+    return _cast_per_block_both_op(w, pow2)
+
+
+def transpose_per_block(data: Tensor, scale: Tensor) -> Pair:
+    """data_t[e, k, n] = data[e, n, k], scale_t[e, kb, nb] = scale[e, nb, kb]: exact.
+
+    Args:
+        data: (E, N, K) float8_e4m3fn.
+        scale: (E, ceil(N/128), ceil(K/128)) float32.
+
+    Returns:
+        data_t: (E, K, N) float8_e4m3fn, contiguous.
+        scale_t: (E, ceil(K/128), ceil(N/128)) float32, contiguous.
+
+    Raises: ValueError when dtypes, shapes or devices do not match.
+
+    Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2.
+    """
+    if data.dtype != FP8_DTYPE:
+        raise ValueError(f"data: expected {FP8_DTYPE}, got {data.dtype}")
+    _check_dims("data", data, ("E", "N", "K"))
+    if scale.dtype != torch.float32:
+        raise ValueError(f"scale: expected torch.float32, got {scale.dtype}")
+    e, n, k = data.shape
+    expected = (e, ceil_div(n, BLOCK), ceil_div(k, BLOCK))
+    if tuple(scale.shape) != expected:
+        raise ValueError(
+            f"scale: expected {expected} for data {tuple(data.shape)}, got {tuple(scale.shape)}"
+        )
+    _check_device("scale", scale, "data", data.device)
+    return _transpose_per_block_op(data, scale)
+
+
+def cast_per_channel(x: Tensor, group_ends: Tensor, pow2: bool) -> Pair:
+    """data[n, start_g + i] = e4m3(x[row_g + i, n] / scale[n, (start_g + i) // 128]), transposed.
+
+    Group g holds rows [group_ends[g-1], group_ends[g]) of x, from row_g on. In the output it starts
+    at start_g, the sum of the earlier groups' sizes, each rounded up to a multiple of 128, and is
+    padded to such a multiple with zeros. Rows past group_ends[-1] are ignored.
+
+    Args:
+        x: (R, N), bfloat16, float16 or float32, any strides (made contiguous if it is not).
+        group_ends: (E,) int32 on the device of x, cumulative; groups may be empty. Read on the
+            device: an end that decreases or exceeds R is raised by a later operator (on a CPU, at
+            once).
+        pow2: round scales up to powers of two.
+
+    Returns:
+        data: (N, C) float8_e4m3fn, contiguous, C = max(128, floor((R + 127 E) / 128) * 128).
+            Columns past the last group's padded end are undefined.
+        scale: (N, C/128) float32, MN-major: strides (1, ceil(N/4)*4); NaN, Inf and zeros as in
+            `cast_per_token`.
+
+    Raises: ValueError when dtypes, dimensions or devices do not match.
+
+    Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2 (128 x 1 blocks).
+    """
+    _check_input("x", x, ("R", "N"))
+    if group_ends.dtype != torch.int32:
+        raise ValueError(f"group_ends: expected torch.int32, got {group_ends.dtype}")
+    _check_dims("group_ends", group_ends, ("E",))
+    _check_device("group_ends", group_ends, "x", x.device)
+    return _cast_per_channel_op(x, group_ends, pow2)

@@ -1,0 +1,79 @@
+// The cast with one scale per 128x1 block of a group, and the transpose that wgrad needs with it. See
+// rows.cuh for what it is built for.
+//
+// A CTA casts 128 padded rows x 128 columns. It finds its rows on the device, from group_ends; CTAs
+// past the last group leave at once.
+#include "groups.cuh"
+#include "rows.cuh"
+
+// data[n, c] = e4m3(x[r, n] / scale[n, c / 128]): column c of the padded layout is row r of x, each
+// group starting at a multiple of 128; pad columns are zero. scale[(c / 128) * scale_ld + n].
+
+extern "C" __global__ void __launch_bounds__(kThreads, ctas_per_sm(3, 2))
+cast_per_channel(const Raw* x, const int* group_ends, u8* data, float* scale, int* status, int rows,
+                 int columns, int num_groups, int capacity, int scale_ld) {
+  __shared__ alignas(16) Raw warp_amax[kThreads / 32][kBlock];
+  __shared__ alignas(16) float column_inv[kBlock];
+  __shared__ alignas(16) u8 tile[kBlock * kBlock];
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (blockIdx.x == 0 && warp == 0) check_group_ends(group_ends, num_groups, rows, status);
+
+  const int tiles_across = (columns + 127) / 128;
+  const int block = blockIdx.x / tiles_across;
+  const int column0 = blockIdx.x % tiles_across * kBlock;
+  // Every warp searches for itself: cheaper than a barrier in front of the loads.
+  GroupBlock source;
+  if (!find_group_block(group_ends, num_groups, rows, block, source)) return;
+
+  const int c = threadIdx.x % 16, g = threadIdx.x / 16;
+  const int column = column0 + 8 * c;
+  const Raw* corner = x + (i64)(source.first_row + 8 * g) * columns + column;
+  const int left = inside_row(columns - column);
+  const int rows_left = column < columns ? source.rows - 8 * g : 0;
+  Vec8 v[8];
+  load_rows(v, corner, columns, rows_left, left);
+
+  // Column maxima: over the thread's rows, over the two row groups of the warp, over the warps.
+  Vec8 amax;
+#pragma unroll
+  for (int i = 0; i < 2 * (int)sizeof(Raw); ++i) {
+    u32 m = magnitude_word(v[0].words[i]);
+#pragma unroll
+    for (int r = 1; r < 8; ++r) m = max_word(m, magnitude_word(v[r].words[i]));
+    amax.words[i] = max_word(m, __shfl_xor_sync(0xFFFFFFFFu, m, 16));
+  }
+  if (lane < 16) {
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(Raw) / 2; ++i)
+      reinterpret_cast<uint4*>(&warp_amax[warp][8 * c])[i] =
+          make_uint4(amax.words[4 * i], amax.words[4 * i + 1], amax.words[4 * i + 2],
+                     amax.words[4 * i + 3]);
+  }
+  __syncthreads();
+  if (threadIdx.x < kBlock) {
+    u32 m = 0;
+#pragma unroll
+    for (int i = 0; i < kThreads / 32; ++i) m = max_u32(m, warp_amax[i][threadIdx.x]);
+    BlockScale s = block_scale<kPow2>(magnitude_to_f32_bits<Input>(m));
+    column_inv[threadIdx.x] = s.inv;
+    if (column0 + threadIdx.x < columns)
+      scale[(i64)block * scale_ld + column0 + threadIdx.x] = s.scale;
+  }
+  __syncthreads();
+
+  float inv[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) inv[i] = column_inv[8 * c + i];
+  u32 q[8][2];
+#pragma unroll
+  for (int r = 0; r < 8; ++r) cast8(v[r], inv, q[r]);
+  transpose_bytes_8x8(q);
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    *reinterpret_cast<uint2*>(tile + staged_chunk(8 * c + i, c, g)) = make_uint2(q[i][0], q[i][1]);
+  __syncthreads();
+  // The padded layout has whole blocks of rows, so columns of the output are always aligned.
+  store_staged<kBlock, true>(tile, data + (i64)column0 * capacity + (i64)block * kBlock, capacity,
+                             kBlock, columns - column0);
+}

@@ -1,0 +1,179 @@
+// The FP8 GEMM: D = A B^T with E4M3 operands, block scales and FP32 accumulation, for every grouping of the scheduler.
+//
+// One CTA per SM stays resident and walks over tiles. Its three warpgroups have fixed roles:
+//
+//   warpgroup 2, warp 0   TMA producer: one lane copies the A and B blocks of the next k-block into a ring of STAGES
+//   warpgroup 2, warp 1   scale producer: 32 lanes copy the scales of the same stage with 4-byte cp.async (any
+//                         alignment, so groups may start at any row)
+//   warpgroups 0 and 1    consumers: wgmma on a stage, promotion of the partial sums, epilogue
+//
+// A stage is handed over by two mbarriers: `full` (the TMA bytes and 32 scale lanes have arrived) and `empty` (every
+// consumer warp of the cluster is done with it). The ring runs on across tiles, so the next tile's operands are
+// already on their way while the consumers store this one. README.md one folder up draws it.
+//
+// Constants rendered before this file: GROUPING, SCALE_B_BLOCK, OUTPUT, BLOCK_M (64 | 128), BLOCK_N, STAGES, CLUSTER_M,
+// CLUSTER_N. Shapes are arguments, so a handful of compiled kernels serves every model.
+#include "ptx.cuh"
+#include "scheduler.cuh"
+#include "promote.cuh"
+#include "epilogue.cuh"
+
+constexpr int BLOCK_K = 128;  // bytes of a swizzled row, and the extent of a scale
+constexpr int THREADS = 384;
+// The two consumer warpgroups split the tile along M, or along N when it has only 64 rows.
+constexpr int GROUP_N = BLOCK_M == 128 ? BLOCK_N : BLOCK_N / 2;
+// N of one wgmma. A wider tile is computed in halves that share one set of partial sums: two full sets do not fit.
+constexpr int WGMMA_N = GROUP_N < 128 ? GROUP_N : 128;
+constexpr int HALVES = GROUP_N / WGMMA_N;
+
+constexpr int A_BYTES = BLOCK_M * BLOCK_K;
+constexpr int B_BYTES = BLOCK_N * BLOCK_K;
+constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
+constexpr int SCALES_AT = STAGES * STAGE_BYTES;
+constexpr int PANELS_AT = SCALES_AT + STAGES * SCALE_STAGE * 4;
+constexpr int BARRIERS_AT = PANELS_AT + 8 * PANEL_BYTES;
+constexpr int TABLE_AT = BARRIERS_AT + 2 * STAGES * 8;
+static_assert(BLOCK_M == 64 || BLOCK_M == 128, "a consumer warpgroup computes 64 rows");
+static_assert(CLUSTER <= 2, "multicast pairs two CTAs; larger clusters strand SMs");
+static_assert(B_BYTES / CLUSTER_M % 1024 == 0 && A_BYTES / CLUSTER_N % 1024 == 0, "a multicast half keeps the swizzle");
+static_assert(HALVES * WGMMA_N == GROUP_N, "whole wgmma tiles");
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const float* __restrict__ scale_a,
+     const float* __restrict__ scale_b, void* d, const int* __restrict__ groups, int* status, int m, int n, int k,
+     int num_groups, int band, int a_rows, int b_rows, int scale_a_stride, int scale_b_stride) {
+    extern __shared__ __align__(1024) char smem[];
+    const u32 base = smem_address(smem);
+    int* table = reinterpret_cast<int*>(smem + TABLE_AT);
+    const auto full = [&](int stage) { return base + BARRIERS_AT + stage * 8; };
+    const auto empty = [&](int stage) { return base + BARRIERS_AT + (STAGES + stage) * 8; };
+
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    const Problem problem{m, n, k, num_groups, band, groups};
+    if (warp == 0) {
+        if (GROUPING != DENSE) fill_group_table(problem, table, status);
+    } else if (warp == 1 && lane == 0) {
+        prefetch_tensor_map(&map_a);
+        prefetch_tensor_map(&map_b);
+        for (int stage = 0; stage < STAGES; ++stage) {
+            mbarrier_init(full(stage), 1 + 32);
+            mbarrier_init(empty(stage), 8 * CLUSTER);
+        }
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (CLUSTER > 1) cluster_arrive(), cluster_wait();  // a peer's copies must not meet uninitialised barriers
+
+    Scheduler scheduler(problem, table);
+    const int first_item = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER;
+    int stage = 0;
+    u32 phase = 0;
+    const auto advance = [&] {
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+    };
+
+    const auto wait_empty = [&] {
+        CLUSTER == 1 ? mbarrier_wait(empty(stage), phase ^ 1) : mbarrier_wait_cluster(empty(stage), phase ^ 1);
+    };
+
+    if (warp >= 8) {
+        release_registers<40>();
+        if (warp == 8 && lane == 0) {
+            for (int item = first_item; item < scheduler.num_items; item += step) {
+                const Tile t = scheduler.tile(item);
+#pragma unroll 1  // the producers have 40 registers
+                for (int kb = t.k_block; kb < t.k_block + t.num_k_blocks; ++kb, advance()) {
+                    wait_empty();
+                    mbarrier_arrive_expect_tx(full(stage), STAGE_BYTES);
+                    const u32 a = base + stage * STAGE_BYTES, b = a + A_BYTES;
+                    // A multicast operand is loaded half by each CTA of the pair, for both.
+                    if (CLUSTER_N == 2)
+                        tma_load_multicast(a + scheduler.rank_n * (A_BYTES / 2), &map_a, kb * BLOCK_K,
+                                           t.a_row + scheduler.rank_n * (BLOCK_M / 2), full(stage), 3);
+                    else
+                        tma_load(a, &map_a, kb * BLOCK_K, t.a_row, full(stage));
+                    if (CLUSTER_M == 2)
+                        tma_load_multicast(b + scheduler.rank_m * (B_BYTES / 2), &map_b, kb * BLOCK_K,
+                                           t.b_row + scheduler.rank_m * (BLOCK_N / 2), full(stage), 3);
+                    else
+                        tma_load(b, &map_b, kb * BLOCK_K, t.b_row, full(stage));
+                }
+            }
+        } else if (warp == 9) {
+            for (int item = first_item; item < scheduler.num_items; item += step) {
+                const Tile t = scheduler.tile(item);
+                const int n_blocks = ceil_div(n, 128);
+#pragma unroll 1  // the producers have 40 registers
+                for (int kb = t.k_block; kb < t.k_block + t.num_k_blocks; ++kb, advance()) {
+                    wait_empty();
+                    const u32 sa = base + SCALES_AT + stage * SCALE_STAGE * 4, sb = sa + BLOCK_M * 4;
+#pragma unroll
+                    for (int i = lane; i < BLOCK_M; i += 32)
+                        cp_async_4(sa + i * 4, scale_a + (i64)kb * scale_a_stride + t.a_row + i, t.a_row + i < a_rows);
+                    if (SCALE_B_BLOCK) {
+                        // Halves past N exist in the tile but not in D: any scale of the group will do.
+                        const int block = min(t.column / 128 + lane, n_blocks - 1) + scheduler.group * n_blocks;
+                        if (lane < NUM_B_SCALES) cp_async_4(sb + lane * 4, scale_b + (i64)block * scale_b_stride + kb, true);
+                    } else {
+#pragma unroll
+                        for (int i = lane; i < BLOCK_N; i += 32)
+                            cp_async_4(sb + i * 4, scale_b + (i64)kb * scale_b_stride + t.b_row + i, t.b_row + i < b_rows);
+                    }
+                    cp_async_arrive(full(stage));
+                }
+            }
+        }
+    } else {
+        take_registers<232>();
+        const int warpgroup = warp / 4;
+        const int warp_row = (BLOCK_M == 128 ? warpgroup * 64 : 0) + warp % 4 * 16;
+        const int group_column = BLOCK_M == 128 ? 0 : warpgroup * GROUP_N;
+        // Matrix descriptors of stage 0, in 16-byte units; uniform across the warp so that they live in uniform registers.
+        const u32 descriptor_a = __shfl_sync(~0u, (base + (BLOCK_M == 128 ? warpgroup * 64 * BLOCK_K : 0)) >> 4, 0);
+        const u32 descriptor_b = __shfl_sync(~0u, (base + A_BYTES + group_column * BLOCK_K) >> 4, 0);
+        const u32 panel = PANELS_AT + warp * PANEL_BYTES;
+
+        for (int item = first_item; item < scheduler.num_items; item += step) {
+            const Tile t = scheduler.tile(item);
+            float sum[HALVES][WGMMA_N / 2] = {};
+            for (int kb = 0; kb < t.num_k_blocks; ++kb, advance()) {
+                const float* sa = reinterpret_cast<const float*>(smem + SCALES_AT) + stage * SCALE_STAGE;
+                const float* sb = sa + BLOCK_M;
+                const auto release = [&] {
+                    if (CLUSTER == 1) {
+                        if (lane == 0) mbarrier_arrive(empty(stage));
+                    } else if (lane < CLUSTER) {
+                        mbarrier_arrive_remote(empty(stage), lane);
+                    }
+                };
+                mbarrier_wait(full(stage), phase);
+#pragma unroll
+                for (int half = 0; half < HALVES; ++half) {
+                    float part[WGMMA_N / 2];
+                    const u32 a = descriptor_a + stage * (STAGE_BYTES >> 4);
+                    const u32 b = descriptor_b + stage * (STAGE_BYTES >> 4) + half * (WGMMA_N * BLOCK_K >> 4);
+                    wgmma_fence();
+#pragma unroll
+                    for (int i = 0; i < BLOCK_K / 32; ++i)
+                        wgmma(part, matrix_descriptor(a + i * 2), matrix_descriptor(b + i * 2), i != 0);
+                    wgmma_commit();
+                    // Loaded while the tensor cores work.
+                    const int column = group_column + half * WGMMA_N;
+                    const float block = SCALE_B_BLOCK ? sb[column / 128] : 1.0f;
+                    const float scale_0 = sa[warp_row + lane / 4] * block, scale_1 = sa[warp_row + lane / 4 + 8] * block;
+                    wgmma_wait_all();
+                    // The stage may go as soon as nothing reads it: 1x128 scales of B are still read by the promotion.
+                    if (SCALE_B_BLOCK && half == HALVES - 1) __syncwarp(), release();
+                    promote(sum[half], part, scale_0, scale_1, sb, column);
+                    if (!SCALE_B_BLOCK && half == HALVES - 1) __syncwarp(), release();
+                }
+            }
+            if (OUTPUT == OUTPUT_ADD && t.num_k_blocks == 0) continue;
+#pragma unroll
+            for (int half = 0; half < HALVES; ++half)
+                store(sum[half], base + panel, smem + panel, d, problem, t, warp_row, group_column + half * WGMMA_N);
+        }
+    }
+    __syncwarp();
+    if (CLUSTER > 1) cluster_arrive(), cluster_wait();  // no CTA leaves while its peer still copies or arrives here
+}

@@ -1,0 +1,170 @@
+// One small wrapper per PTX instruction that the GEMM uses, each naming its section of the PTX ISA.
+// Header-free on purpose: a cold NVRTC compile then takes a fraction of a second.
+#pragma once
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+// Same size and alignment as CUtensorMap (CUDA 13 declares 128 bytes).
+struct alignas(128) TensorMap { u64 opaque[16]; };
+
+#define DEVICE __device__ __forceinline__
+
+DEVICE u32 smem_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// ---- mbarrier (9.7.13.15, Parallel Synchronization: mbarrier) ------------------------------------------------------
+DEVICE void mbarrier_init(u32 bar, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+DEVICE void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+DEVICE void mbarrier_arrive_expect_tx(u32 bar, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+DEVICE void mbarrier_arrive(u32 bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+// Arrive on the barrier at the same offset in another CTA of the cluster (mapa, 9.7.9.23).
+DEVICE void mbarrier_arrive_remote(u32 bar, u32 cta_rank) {
+    asm volatile(
+        "{\n.reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(bar), "r"(cta_rank)
+        : "memory");
+}
+// Returns once the phase of this parity has completed.
+DEVICE void mbarrier_wait(u32 bar, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(bar), "r"(parity)
+        : "memory");
+}
+// The same where CTAs of the cluster arrive remotely. It costs an L1 invalidation, so it is not the default.
+DEVICE void mbarrier_wait_cluster(u32 bar, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "WAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(bar), "r"(parity)
+        : "memory");
+}
+
+// ---- asynchronous copies -------------------------------------------------------------------------------------------
+DEVICE void prefetch_tensor_map(const TensorMap* map) {  // 9.7.9.15 prefetch
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+// cp.async.bulk.tensor (9.7.9.27.5.2): box at (x, y) -> shared memory, completing on `bar`; x is the contiguous axis.
+DEVICE void tma_load(u32 dst, const TensorMap* map, int x, int y, u32 bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+            "r"(dst), "l"(map), "r"(x), "r"(y), "r"(bar)
+        : "memory");
+}
+// The same box into the same offset of every CTA in `mask`, signalling the barrier at the same offset there.
+DEVICE void tma_load_multicast(u32 dst, const TensorMap* map, int x, int y, u32 bar, unsigned short mask) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(dst), "l"(map), "r"(x), "r"(y), "r"(bar), "h"(mask)
+        : "memory");
+}
+// cp.async (9.7.9.25.3.1): 4 bytes, or 4 zero bytes where `valid` is false (the source is then not read).
+DEVICE void cp_async_4(u32 dst, const void* src, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(valid ? 4 : 0) : "memory");
+}
+// This thread's arrival on `bar` once all its cp.async have landed (9.7.13.15.17; noinc: counted by init).
+DEVICE void cp_async_arrive(u32 bar) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+}
+
+// ---- wgmma (9.7.15, Asynchronous Warpgroup Level Matrix Instructions) -----------------------------------------------
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_wait_all() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+// Shared-memory matrix descriptor, K-major with 128-byte swizzle (9.7.15.5.1.2): start address in units of 16 bytes,
+// stride between groups of 8 rows = 1024 bytes, swizzle mode 1 in bits 62-63. The high word never changes.
+DEVICE u64 matrix_descriptor(u32 address_div_16) { return ((u64)0x40000040u << 32) | 0x10000u | address_div_16; }
+
+// d[64 x N] (+)= a[64 x 32] b[N x 32]^T with E4M3 inputs and FP32 accumulators; accumulate = 0 overwrites d. One
+// overload per N, told apart by the N / 2 accumulators that a thread holds.
+#define ACC8(d, i) \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+        "+f"(d[i + 7])
+#define ACC32(d, i) ACC8(d, i), ACC8(d, i + 8), ACC8(d, i + 16), ACC8(d, i + 24)
+DEVICE void wgmma(float (&d)[8], u64 a, u64 b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7"
+        "}, %8, %9, p, 1, 1;\n}"
+        : ACC8(d, 0)
+        : "l"(a), "l"(b), "r"(accumulate));
+}
+DEVICE void wgmma(float (&d)[16], u64 a, u64 b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+        "}, %16, %17, p, 1, 1;\n}"
+        : ACC8(d, 0), ACC8(d, 8)
+        : "l"(a), "l"(b), "r"(accumulate));
+}
+DEVICE void wgmma(float (&d)[32], u64 a, u64 b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+        "}, %32, %33, p, 1, 1;\n}"
+        : ACC32(d, 0)
+        : "l"(a), "l"(b), "r"(accumulate));
+}
+DEVICE void wgmma(float (&d)[64], u64 a, u64 b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+        "}, %64, %65, p, 1, 1;\n}"
+        : ACC32(d, 0), ACC32(d, 32)
+        : "l"(a), "l"(b), "r"(accumulate));
+}
+#undef ACC8
+#undef ACC32
+
+// ---- registers, barriers, clusters ----------------------------------------------------------------------------------
+template <int REGISTERS>
+DEVICE void take_registers() {  // 9.7.19.5 setmaxnreg
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS>
+DEVICE void release_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }  // 9.7.13.4
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+DEVICE u32 cluster_cta_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// ---- epilogue -------------------------------------------------------------------------------------------------------
+DEVICE u32 pack_bf16(float low, float high) {  // 9.7.9.22 cvt
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+DEVICE void store_matrix_x4(u32 dst, u32 r0, u32 r1, u32 r2, u32 r3) {  // 9.7.14.5.16 stmatrix
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(dst), "r"(r0), "r"(r1),
+                 "r"(r2), "r"(r3)
+                 : "memory");
+}
+DEVICE void reduce_add_v4(float* dst, float4 v) {  // 9.7.13.13 red; one owner per address, so deterministic
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(dst), "f"(v.x), "f"(v.y), "f"(v.z),
+                 "f"(v.w)
+                 : "memory");
+}

@@ -1,0 +1,229 @@
+// The routing map, in two launches and without a sort, an ordering atomic or the host.
+//
+// Slot i = t * K + k is one choice of one token. CTA c owns a contiguous slice of slots, each of its
+// warps a contiguous part of it, and each warp walks its part in order. The row of a slot is
+//   start of its expert + slots of that expert in earlier CTAs, in earlier warps, earlier in the warp
+// which is the position a stable sort by expert would give, whatever the timing.
+//
+// Built for ID_BITS = 32 | 64. Expert num_experts drops the slot; any other id out of range is dropped
+// and reported.
+#include "numerics.cuh"
+
+#if ID_BITS == 64
+typedef i64 Id;
+#else
+typedef int Id;
+#endif
+
+static constexpr int kThreads = 256;
+static constexpr int kWarps = kThreads / 32;
+static constexpr int kMaxExperts = 1024;
+static constexpr int kExpertsPerThread = kMaxExperts / kThreads;
+static constexpr int kBatch = 4;   // ids loaded ahead by a lane
+static constexpr int kPad = -1;
+static constexpr int kUnused = -2;
+static constexpr int kDropped = -1;
+static constexpr u32 kFullWarp = 0xFFFFFFFFu;
+
+// The expert of a slot, num_experts if it is dropped. `bad` when the id is not even that.
+__device__ __forceinline__ int expert_of(Id id, int num_experts, bool& bad) {
+  bad = id < 0 || id > (Id)num_experts;
+  return bad ? num_experts : (int)id;
+}
+
+// Calls visit(slot, expert, peers, leader, inside) for the slots of this warp, 32 at a time and in
+// order. `peers` are the lanes with the same expert; `leader` is true in the highest of them.
+// Every lane makes every call.
+template <class Visit>
+__device__ __forceinline__ void walk(const Id* ids, int num_slots, int slots_per_warp,
+                                     int num_experts, int& first_bad, Visit visit) {
+  int lane = threadIdx.x & 31;
+  i64 begin = ((i64)blockIdx.x * kWarps + threadIdx.x / 32) * slots_per_warp;
+  i64 end = min(begin + slots_per_warp, (i64)num_slots);
+  for (i64 base = begin; base < end; base += 32 * kBatch) {
+    Id id[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      i64 slot = base + 32 * j + lane;
+      id[j] = slot < end ? ids[slot] : (Id)num_experts;
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      i64 slot = base + 32 * j + lane;
+      bool bad;
+      int expert = expert_of(id[j], num_experts, bad);
+      if (bad) first_bad = min(first_bad, (int)slot);
+      u32 peers = __match_any_sync(kFullWarp, expert);
+      bool leader = (peers >> lane) == 1;
+      visit((int)slot, expert, peers, leader, slot < end);
+    }
+  }
+}
+
+// Counts per warp: each cell of count[warp] is only touched by the leader lanes of that warp.
+__device__ __forceinline__ void count_slots(const Id* ids, int num_slots, int slots_per_warp,
+                                            int num_experts, int* warp_count, int& first_bad) {
+  walk(ids, num_slots, slots_per_warp, num_experts, first_bad,
+       [&](int, int expert, u32 peers, bool leader, bool) {
+         if (leader && expert < num_experts) warp_count[expert] += __popc(peers);
+         __syncwarp();
+       });
+}
+
+// partial[cta][e] = slots of expert e in the CTA's slice; first_bad[cta] = first bad slot or -1.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    route_count(const Id* __restrict__ ids, int num_slots, int num_experts, int slots_per_warp,
+                int* __restrict__ partial, int* __restrict__ first_bad) {
+  __shared__ int count[kWarps][kMaxExperts];
+  __shared__ int bad;
+  for (int e = threadIdx.x; e < num_experts; e += kThreads)
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) count[w][e] = 0;
+  if (threadIdx.x == 0) bad = 0x7FFFFFFF;
+  __syncthreads();
+
+  int lane_bad = 0x7FFFFFFF;
+  count_slots(ids, num_slots, slots_per_warp, num_experts, count[threadIdx.x / 32], lane_bad);
+  if (lane_bad != 0x7FFFFFFF) atomicMin(&bad, lane_bad);
+  __syncthreads();
+
+  for (int e = threadIdx.x; e < num_experts; e += kThreads) {
+    int sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += count[w][e];
+    partial[(i64)blockIdx.x * num_experts + e] = sum;
+  }
+  if (threadIdx.x == 0) first_bad[blockIdx.x] = bad == 0x7FFFFFFF ? -1 : bad;
+}
+
+// One CTA: the first bad slot of all, if there is one.
+__device__ __forceinline__ void report_bad_ids(const Id* ids, const int* first_bad,
+                                               int num_experts, int* status) {
+  int lane = threadIdx.x & 31;
+  for (int base = 0; base < (int)gridDim.x; base += 32) {
+    int slot = base + lane < (int)gridDim.x ? first_bad[base + lane] : -1;
+    u32 voters = __ballot_sync(kFullWarp, slot >= 0);
+    if (voters == 0) continue;
+    if (lane == __ffs(voters) - 1) {
+      i64 id = ids[slot];
+      int shown = id < -0x7FFFFFFF ? -0x7FFFFFFF : id > 0x7FFFFFFF ? 0x7FFFFFFF : (int)id;
+      report(status, kExpertOutOfRange, slot, shown, num_experts);
+    }
+    return;
+  }
+}
+
+// Exclusive scan of one value per thread over the CTA; `total` gets the sum.
+__device__ __forceinline__ int scan_threads(int value, int* warp_sums, int& total) {
+  int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  int inclusive = value;
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) {
+    int other = __shfl_up_sync(kFullWarp, inclusive, d);
+    if (lane >= d) inclusive += other;
+  }
+  if (lane == 31) warp_sums[warp] = inclusive;
+  __syncthreads();
+  int before = 0;
+  total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) before += warp_sums[w];
+    total += warp_sums[w];
+  }
+  return before + inclusive - value;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    route_place(const Id* __restrict__ ids, int num_slots, int num_experts, int slots_per_warp,
+                const int* __restrict__ partial, const int* __restrict__ first_bad, int capacity,
+                int* __restrict__ row_of_slot, int* __restrict__ slot_of_row,
+                int* __restrict__ group_ends, int* __restrict__ counts, int* status) {
+  __shared__ int next_row[kWarps][kMaxExperts];   // first a count, then the next free row
+  __shared__ int total[kMaxExperts];
+  __shared__ int earlier[kMaxExperts];   // its slots in the CTAs before this one, then its start
+  __shared__ int warp_sums[kWarps];
+  int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  for (int e = threadIdx.x; e < kMaxExperts; e += kThreads) {
+    total[e] = earlier[e] = 0;
+    if (e < num_experts)
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) next_row[w][e] = 0;
+  }
+  __syncthreads();
+
+  // Sum the CTAs' counts: each thread takes one expert and every parts-th CTA. Integer sums, so the
+  // order of the additions does not matter.
+  int width = 1;
+  while (width < num_experts && width < kThreads) width <<= 1;
+  int parts = kThreads / width;
+  for (int e = threadIdx.x & (width - 1); e < num_experts; e += width) {
+    int sum = 0, before = 0;
+#pragma unroll 8
+    for (int c = threadIdx.x / width; c < (int)gridDim.x; c += parts) {
+      int n = partial[(i64)c * num_experts + e];
+      sum += n;
+      if (c < (int)blockIdx.x) before += n;
+    }
+    atomicAdd(&total[e], sum);
+    atomicAdd(&earlier[e], before);
+  }
+  int ignored = 0x7FFFFFFF;
+  count_slots(ids, num_slots, slots_per_warp, num_experts, next_row[warp], ignored);
+  __syncthreads();
+
+  // Where each expert starts: a scan of the padded totals, kExpertsPerThread neighbours a thread.
+  int first = threadIdx.x * kExpertsPerThread;
+  int padded[kExpertsPerThread], own = 0;
+#pragma unroll
+  for (int i = 0; i < kExpertsPerThread; ++i) {
+    padded[i] = (total[first + i] + 127) & ~127;
+    own += padded[i];
+  }
+  int used;
+  int start = scan_threads(own, warp_sums, used);
+#pragma unroll
+  for (int i = 0; i < kExpertsPerThread; ++i) {
+    int e = first + i;
+    if (e < num_experts) {
+      if (blockIdx.x == 0) {
+        counts[e] = total[e];
+        group_ends[e] = start + padded[i];
+      }
+      int row = start + earlier[e];
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        int n = next_row[w][e];
+        next_row[w][e] = row;
+        row += n;
+      }
+      earlier[e] = start;
+    }
+    start += padded[i];
+  }
+  __syncthreads();
+
+  int* next = next_row[warp];
+  walk(ids, num_slots, slots_per_warp, num_experts, ignored,
+       [&](int slot, int expert, u32 peers, bool leader, bool inside) {
+         bool kept = expert < num_experts;
+         int row = kDropped;
+         if (kept) row = next[expert] + __popc(peers & ((1u << lane) - 1));
+         __syncwarp();
+         if (kept && leader) next[expert] = row + 1;
+         __syncwarp();
+         if (inside) row_of_slot[slot] = row;
+         if (kept) slot_of_row[row] = slot;
+       });
+
+  // The padding rows: expert by expert over all warps.
+  for (int e = blockIdx.x + gridDim.x * warp; e < num_experts; e += gridDim.x * kWarps) {
+    int row = earlier[e] + total[e];
+    int end = (row + 127) & ~127;
+    for (int r = row + lane; r < end; r += 32) slot_of_row[r] = kPad;
+  }
+  for (i64 r = used + (i64)blockIdx.x * kThreads + threadIdx.x; r < capacity;
+       r += (i64)gridDim.x * kThreads)
+    slot_of_row[r] = kUnused;
+  if (blockIdx.x == 0 && warp == 0) report_bad_ids(ids, first_bad, num_experts, status);
+}

@@ -1,0 +1,141 @@
+// Which output tile comes next. One policy per GROUPING; nothing here knows how a tile is computed.
+//
+//   DENSE      D[M,N]    = A[M,K] B[N,K]^T
+//   M_GROUPED  rows of A and D split into groups at group_ends; group g multiplies B[g] (N x K)
+//   MASKED     A is [G, M, K], D is [G, M, N]; of each group only the first group_sizes[g] rows count
+//   K_GROUPED  D[g] = A[:, K_g] B[:, K_g]^T; group g owns a 128-aligned range K_g of the contraction axis
+//
+// A work item is one tile, or the pair of tiles that a cluster of two CTAs computes. A pair never spans two groups and
+// both its CTAs run the same number of k-blocks, so their barriers stay in step; a tile of the pair that lies outside
+// the group only has its store suppressed.
+#pragma once
+#include "ptx.cuh"
+
+enum { DENSE = 0, M_GROUPED = 1, MASKED = 2, K_GROUPED = 3 };
+
+constexpr int CLUSTER = CLUSTER_M * CLUSTER_N;
+constexpr int ITEM_M = BLOCK_M * CLUSTER_M;
+constexpr int ITEM_N = BLOCK_N * CLUSTER_N;
+
+DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+struct Problem {
+    int m, n, k;            // K_GROUPED: k is the capacity of the padded contraction axis
+    int num_groups;
+    int band;               // tiles along m that are walked together, for reuse in L2
+    const int* groups;      // group_ends, or group_sizes when MASKED
+};
+
+struct Tile {
+    int a_row, b_row;       // first row of each operand
+    int column;             // first output column
+    i64 d_row;              // first output row
+    int rows;               // output rows of the tile that exist; may be zero or negative
+    int k_block;            // first 128-block along the contraction
+    int num_k_blocks;
+};
+
+// [start, end) of group g in rows. Clamped, so that bad group_ends (reported by fill_group_table) stay in bounds.
+DEVICE void group_rows(const Problem& p, int limit, int g, int& start, int& end) {
+    if (GROUPING == MASKED) {
+        start = 0;
+        end = min(max(__ldg(p.groups + g), 0), limit);
+    } else {
+        start = g == 0 ? 0 : min(max(__ldg(p.groups + g - 1), 0), limit);
+        end = min(max(__ldg(p.groups + g), start), limit);
+    }
+}
+
+DEVICE void report(int* status, int code, int index, int value, int limit) {
+    status[1] = index, status[2] = value, status[3] = limit;
+    __threadfence_system();
+    status[0] = code;
+}
+
+// Inclusive prefix sums over groups, by one warp: of m-items (M_GROUPED, MASKED) or of 128-blocks (K_GROUPED).
+DEVICE void fill_group_table(const Problem& p, int* table, int* status) {
+    const int lane = threadIdx.x % 32;
+    const int limit = GROUPING == K_GROUPED ? p.k : p.m;
+    int carry = 0;
+    for (int base = 0; base < p.num_groups; base += 32) {
+        const int g = base + lane;
+        int count = 0;
+        if (g < p.num_groups) {
+            int start, end;
+            group_rows(p, limit, g, start, end);
+            count = ceil_div(end - start, GROUPING == K_GROUPED ? 128 : ITEM_M);
+            const int given = __ldg(p.groups + g);
+            const int before = GROUPING == MASKED || g == 0 ? 0 : __ldg(p.groups + g - 1);
+            if (blockIdx.x == 0 && given != end) {
+                const int code = GROUPING == MASKED ? 4 : given < before ? 1 : 2;
+                report(status, code, g, given, code == 1 ? before : limit);
+            }
+        }
+        for (int offset = 1; offset < 32; offset *= 2) {
+            const int other = __shfl_up_sync(~0u, count, offset);
+            if (lane >= offset) count += other;
+        }
+        // Bad ends could ask for more padded blocks than the operands hold.
+        if (g < p.num_groups) table[g] = GROUPING == K_GROUPED ? min(carry + count, p.k / 128) : carry + count;
+        carry += __shfl_sync(~0u, count, 31);
+    }
+}
+
+struct Scheduler {
+    const Problem& p;
+    const int* table;
+    int items_n, num_items, group = 0;
+    int rank_m, rank_n;     // this CTA's place in its cluster
+
+    DEVICE Scheduler(const Problem& p, const int* table) : p(p), table(table) {
+        const int rank = CLUSTER == 1 ? 0 : (int)cluster_cta_rank();
+        rank_m = CLUSTER_M == 2 ? rank : 0;
+        rank_n = CLUSTER_N == 2 ? rank : 0;
+        items_n = ceil_div(p.n, ITEM_N);
+        if (GROUPING == DENSE) num_items = ceil_div(p.m, ITEM_M) * items_n;
+        if (GROUPING == M_GROUPED || GROUPING == MASKED) num_items = table[p.num_groups - 1] * items_n;
+        if (GROUPING == K_GROUPED) num_items = p.num_groups * ceil_div(p.m, ITEM_M) * items_n;
+    }
+
+    // Items must be asked for in increasing order: the group only moves forward.
+    DEVICE Tile tile(int item) {
+        int first = 0, items_m, start = 0, end = p.m;
+        if (GROUPING == DENSE) {
+            items_m = ceil_div(p.m, ITEM_M);
+        } else if (GROUPING == K_GROUPED) {
+            items_m = ceil_div(p.m, ITEM_M);
+            group = item / (items_m * items_n);
+            first = group * items_m;
+        } else {
+            while (item >= table[group] * items_n) ++group;
+            first = group == 0 ? 0 : table[group - 1];
+            items_m = table[group] - first;
+            group_rows(p, p.m, group, start, end);
+        }
+        // Bands of `band` items along m, swept along n: one wave of CTAs then shares few rows of A and of B.
+        const int local = item - first * items_n;
+        const int band_start = local / (p.band * items_n) * p.band;
+        const int band_width = min(p.band, items_m - band_start);
+        const int in_band = local - band_start * items_n;
+        const int m0 = (band_start + in_band % band_width) * ITEM_M + rank_m * BLOCK_M;
+        const int n0 = in_band / band_width * ITEM_N + rank_n * BLOCK_N;
+
+        Tile t;
+        t.column = n0;
+        t.rows = end - start - m0;
+        t.k_block = 0;
+        t.num_k_blocks = ceil_div(p.k, 128);
+        if (GROUPING == K_GROUPED) {
+            t.a_row = m0;
+            t.b_row = n0;
+            t.d_row = (i64)group * p.m + m0;
+            t.k_block = group == 0 ? 0 : table[group - 1];
+            t.num_k_blocks = table[group] - t.k_block;
+        } else {
+            t.a_row = (GROUPING == MASKED ? group * p.m : start) + m0;
+            t.b_row = group * p.n + n0;
+            t.d_row = t.a_row;
+        }
+        return t;
+    }
+};

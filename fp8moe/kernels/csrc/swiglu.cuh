@@ -1,0 +1,64 @@
+// aw = bf16(p * silu(g) * u), cast with one scale per row and 128 columns. h = [g | u].
+//
+// Built for POW2 = 0 | 1. A CTA takes 64 rows x 128 columns of the activation: 16 lanes share a row,
+// a thread has eight columns of four consecutive rows, whose eight loads are issued together.
+#include "activation.cuh"
+
+static constexpr bool kPow2 = POW2;
+static constexpr int kThreads = 256;
+static constexpr int kRows = 64;
+
+// data [capacity, columns], scale[(column / 128) * scale_ld + row]. Padding is zero with the floor
+// scale. `rounded`, if not null, receives aw itself.
+extern "C" __global__ void __launch_bounds__(kThreads, 3)
+    swiglu_cast(const u16* __restrict__ h, const float* __restrict__ topk_weights,
+                const int* __restrict__ slot_of_row, int columns, u8* __restrict__ data,
+                float* __restrict__ scale, int scale_ld, u16* __restrict__ rounded) {
+  int row0 = blockIdx.y * kRows + (threadIdx.x >> 4) * 4;
+  int column = blockIdx.x * 128 + (threadIdx.x & 15) * 8;
+  // Four consecutive rows are used or unused together.
+  int4 slots = __ldg(reinterpret_cast<const int4*>(slot_of_row + row0));
+  if (slots.x == kUnused) return;
+
+  uint4 g[4], u[4];
+  float p[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const u16* source = h + (i64)(row0 + i) * (2 * (i64)columns) + column;
+    g[i] = load_stream_16(source);
+    u[i] = load_stream_16(source + columns);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) p[i] = weight_of(topk_weights, element_of(slots, i));
+
+  u32 aw[4][4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    bool pad = element_of(slots, i) < 0;   // its h is garbage, which times 0 may be NaN
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      u32 gj = word_of(g[i], j), uj = word_of(u[i], j);
+      float low = bf16_low(gj), high = bf16_high(gj);
+      u32 packed = pack_bf16(p[i] * (low * sigmoid(low) * bf16_low(uj)),
+                             p[i] * (high * sigmoid(high) * bf16_high(uj)));
+      aw[i][j] = pad ? 0u : packed;
+    }
+  }
+  u32 max01 = amax_bf16x8(aw[0]) | amax_bf16x8(aw[1]) << 16;
+  u32 max23 = amax_bf16x8(aw[2]) | amax_bf16x8(aw[3]) << 16;
+  max01 = reduce_row_max(max01);
+  max23 = reduce_row_max(max23);
+  BlockScale s[4] = {block_scale<kPow2>(max01 << 16), block_scale<kPow2>(max01 & 0xFFFF0000u),
+                     block_scale<kPow2>(max23 << 16), block_scale<kPow2>(max23 & 0xFFFF0000u)};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    i64 at = (i64)(row0 + i) * columns + column;
+    *reinterpret_cast<uint2*>(data + at) = cast_bf16x8(aw[i], s[i].inv);
+    if (rounded != nullptr)
+      *reinterpret_cast<uint4*>(rounded + at) = make_uint4(aw[i][0], aw[i][1], aw[i][2], aw[i][3]);
+  }
+  // The two half-warps write eight neighbouring rows: one 32-byte sector.
+  if ((threadIdx.x & 15) == 0)
+    *reinterpret_cast<float4*>(scale + (i64)blockIdx.x * scale_ld + row0) =
+        make_float4(s[0].scale, s[1].scale, s[2].scale, s[3].scale);
+}

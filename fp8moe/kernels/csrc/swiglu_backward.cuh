@@ -1,0 +1,211 @@
+// The backward pass of SwiGLU and every cast of its results, from one read of h and da:
+//   dh = [dg | du] per_token and per_channel, aw per_channel, and the routing weight's gradient.
+//
+// Built for POW2 = 0 | 1. A CTA takes a 128 x 128 tile of the activation. Its 96 KB of input go to
+// shared memory by asynchronous copies, so they cost no registers while in flight, and two CTAs share
+// an SM: one computes while the other's copies arrive.
+//   Pass 1, by rows: 16 lanes share a row, a thread has eight columns of four rows and reads only
+//   what it copied itself. It computes dg, du and aw, rounds them to bf16, writes them over g, u and
+//   da in shared memory, and finishes the row casts and the row sums from registers.
+//   Pass 2, by columns, after the only barrier: see tile.cuh.
+#include "activation.cuh"
+
+static constexpr bool kPow2 = POW2;
+static constexpr int kThreads = 512;
+static constexpr int kWarps = kThreads / 32;
+static constexpr int kMatrixBytes = kTileRows * kTilePitch;
+static constexpr int kPanel = 8;   // row blocks whose column blocks are interleaved in the grid
+
+enum Matrix { kGate = 0, kUp = 1, kDown = 2 };   // g, u, da; then dg, du, aw
+
+struct RowResults {
+  float gate_scale[kTileRows];
+  float up_scale[kTileRows];
+  float dprob[kTileRows];
+};
+
+// Tiles are walked in panels of kPanel row blocks, row block fastest: rows of h are read, and columns
+// of the transposed outputs written, in neighbouring segments at nearly the same time.
+__device__ __forceinline__ void tile_position(int index, int row_blocks, int column_blocks,
+                                              int& row_block, int& column_block) {
+  int per_panel = kPanel * column_blocks;
+  int panel = index / per_panel;
+  int inside = index - panel * per_panel;
+  int height = min(kPanel, row_blocks - panel * kPanel);
+  column_block = inside / height;
+  row_block = panel * kPanel + inside - column_block * height;
+}
+
+// Pairs of columns: dg, du and aw as packed bf16, and da * a summed into dprob.
+__device__ __forceinline__ void backward_pair(u32 g, u32 u, u32 da, float p, u32& dg, u32& du,
+                                              u32& aw, float& dprob) {
+  float value[3][2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float gi = i ? bf16_high(g) : bf16_low(g);
+    float ui = i ? bf16_high(u) : bf16_low(u);
+    float di = i ? bf16_high(da) : bf16_low(da);
+    float s = sigmoid(gi);
+    float silu = gi * s;
+    float a = silu * ui;
+    float weighted = p * di;
+    dprob += di * a;
+    value[0][i] = weighted * ui * s * (1.0f + gi * (1.0f - s));
+    value[1][i] = weighted * silu;
+    value[2][i] = p * a;
+  }
+  dg = pack_bf16(value[0][0], value[0][1]);
+  du = pack_bf16(value[1][0], value[1][1]);
+  aw = pack_bf16(value[2][0], value[2][1]);
+}
+
+__device__ __forceinline__ uint4* chunk_at(u8* tile, int matrix, int row, int chunk) {
+  return reinterpret_cast<uint4*>(tile + matrix * kMatrixBytes + tile_offset(row, chunk));
+}
+
+// Eight columns x 128 rows of one matrix of the tile, cast per column by one warp. `out` is the
+// first column's first row, `scale` the first column's scale.
+__device__ __forceinline__ void cast_columns(u8* tile, int matrix, int chunk, u8* out, i64 pitch,
+                                             float* scale, float* inverses) {
+  int lane = threadIdx.x & 31;
+  u32 w[4][4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint4 v = *chunk_at(tile, matrix, 4 * lane + i, chunk);
+    w[i][0] = v.x, w[i][1] = v.y, w[i][2] = v.z, w[i][3] = v.w;
+  }
+  u32 amax[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    amax[j] = max_u16x2(max_u16x2(abs_bits_16x2(w[0][j]), abs_bits_16x2(w[1][j])),
+                        max_u16x2(abs_bits_16x2(w[2][j]), abs_bits_16x2(w[3][j])));
+  u32 pair = reduce_columns(amax, MaxU16x2());   // lanes 8p .. 8p + 7: columns 2p and 2p + 1
+  BlockScale s = block_scale<kPow2>(lane & 4 ? pair & 0xFFFF0000u : pair << 16);
+  if ((lane & 3) == 0) {
+    scale[lane >> 2] = s.scale;
+    inverses[lane >> 2] = s.inv;
+  }
+  __syncwarp();
+  float inv[8];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float4 four = reinterpret_cast<const float4*>(inverses)[i];
+    inv[4 * i] = four.x, inv[4 * i + 1] = four.y, inv[4 * i + 2] = four.z, inv[4 * i + 3] = four.w;
+  }
+  out += 4 * lane;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    float v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      v[i] = (j & 1 ? bf16_high(w[i][j >> 1]) : bf16_low(w[i][j >> 1])) * inv[j];
+    store_stream(out + j * pitch, pack_e4m3x4(v[0], v[1], v[2], v[3]));
+  }
+  __syncwarp();   // `inverses` may be written again
+}
+
+// h [capacity, 2 * columns], da [capacity, columns]. dh [capacity, 2 * columns] with
+// dh_scale[(column / 128) * dh_scale_ld + row]; dh_t [2 * columns, capacity] with
+// dh_t_scale[(row / 128) * dh_t_scale_ld + column]; aw_t likewise; dprob_partial [columns / 128,
+// capacity]. dh_rounded and aw_rounded, if not null, receive dh and aw before the casts.
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
+    swiglu_backward_cast(const u16* __restrict__ h, const u16* __restrict__ da,
+                         const float* __restrict__ topk_weights,
+                         const int* __restrict__ slot_of_row, int columns, int capacity,
+                         u8* __restrict__ dh, float* __restrict__ dh_scale, int dh_scale_ld,
+                         u8* __restrict__ dh_t, float* __restrict__ dh_t_scale, int dh_t_scale_ld,
+                         u8* __restrict__ aw_t, float* __restrict__ aw_t_scale, int aw_t_scale_ld,
+                         float* __restrict__ dprob_partial, u16* __restrict__ dh_rounded,
+                         u16* __restrict__ aw_rounded) {
+  extern __shared__ __align__(128) u8 tile[];
+  __shared__ RowResults results;
+  __shared__ alignas(16) float inverses[kWarps][8];
+  int column_blocks = columns / 128;
+  int row_block, column_block;
+  tile_position(blockIdx.x, capacity / kTileRows, column_blocks, row_block, column_block);
+  int row0 = row_block * kTileRows;
+  if (tile_unused(slot_of_row, row0)) return;
+
+  // Four consecutive rows, eight columns.
+  int chunk = threadIdx.x & 15;
+  int first = (threadIdx.x >> 4) * 4;
+  int column = column_block * 128 + chunk * 8;
+  int4 slots = __ldg(reinterpret_cast<const int4*>(slot_of_row + row0 + first));
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    i64 row = row0 + first + i;
+    const u16* gate = h + row * (2 * (i64)columns) + column;
+    copy_async_16(chunk_at(tile, kGate, first + i, chunk), gate, false);
+    copy_async_16(chunk_at(tile, kUp, first + i, chunk), gate + columns, false);
+    copy_async_16(chunk_at(tile, kDown, first + i, chunk), da + row * columns + column, false);
+    copy_async_commit();
+  }
+
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    int slot = element_of(slots, i);
+    float p = weight_of(topk_weights, slot);
+    if (i == 0) copy_async_wait<3>();
+    if (i == 1) copy_async_wait<2>();
+    if (i == 2) copy_async_wait<1>();
+    if (i == 3) copy_async_wait<0>();
+    int local = first + i;
+    uint4 g = *chunk_at(tile, kGate, local, chunk);
+    uint4 u = *chunk_at(tile, kUp, local, chunk);
+    uint4 d = *chunk_at(tile, kDown, local, chunk);
+    u32 dg[4], du[4], aw[4];
+    float dprob = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      backward_pair(word_of(g, j), word_of(u, j), word_of(d, j), p, dg[j], du[j], aw[j], dprob);
+    if (slot < 0) {   // h and da of a padding row are garbage
+      dprob = 0.0f;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) dg[j] = du[j] = aw[j] = 0;
+    }
+    *chunk_at(tile, kGate, local, chunk) = make_uint4(dg[0], dg[1], dg[2], dg[3]);
+    *chunk_at(tile, kUp, local, chunk) = make_uint4(du[0], du[1], du[2], du[3]);
+    *chunk_at(tile, kDown, local, chunk) = make_uint4(aw[0], aw[1], aw[2], aw[3]);
+
+    u32 maxima = reduce_row_max(amax_bf16x8(dg) | amax_bf16x8(du) << 16);
+#pragma unroll
+    for (int step = 8; step > 0; step >>= 1) dprob += __shfl_xor_sync(kFullWarp, dprob, step);
+    BlockScale gate_scale = block_scale<kPow2>(maxima << 16);
+    BlockScale up_scale = block_scale<kPow2>(maxima & 0xFFFF0000u);
+    i64 at = (i64)(row0 + local) * (2 * (i64)columns) + column;
+    *reinterpret_cast<uint2*>(dh + at) = cast_bf16x8(dg, gate_scale.inv);
+    *reinterpret_cast<uint2*>(dh + at + columns) = cast_bf16x8(du, up_scale.inv);
+    if (chunk == 0) {
+      results.gate_scale[local] = gate_scale.scale;
+      results.up_scale[local] = up_scale.scale;
+      results.dprob[local] = dprob;
+    }
+    if (dh_rounded != nullptr) {
+      *reinterpret_cast<uint4*>(dh_rounded + at) = make_uint4(dg[0], dg[1], dg[2], dg[3]);
+      *reinterpret_cast<uint4*>(dh_rounded + at + columns) = make_uint4(du[0], du[1], du[2], du[3]);
+    }
+    if (aw_rounded != nullptr)
+      *reinterpret_cast<uint4*>(aw_rounded + (i64)(row0 + local) * columns + column) =
+          make_uint4(aw[0], aw[1], aw[2], aw[3]);
+  }
+  __syncthreads();
+
+  int warp = threadIdx.x / 32;
+  {
+    int which = threadIdx.x >> 7, row = threadIdx.x & 127;
+    i64 at = row0 + row;
+    if (which == 0) dh_scale[(i64)column_block * dh_scale_ld + at] = results.gate_scale[row];
+    if (which == 1)
+      dh_scale[(i64)(column_blocks + column_block) * dh_scale_ld + at] = results.up_scale[row];
+    if (which == 2) dprob_partial[(i64)column_block * capacity + at] = results.dprob[row];
+  }
+  // Each warp takes one run of eight columns in each of the three matrices.
+  i64 channel = (i64)column_block * 128 + warp * 8;
+  u8* out = dh_t + channel * capacity + row0;
+  float* scale = dh_t_scale + (i64)row_block * dh_t_scale_ld + channel;
+  cast_columns(tile, kGate, warp, out, capacity, scale, inverses[warp]);
+  cast_columns(tile, kUp, warp, out + (i64)columns * capacity, capacity, scale + columns,
+               inverses[warp]);
+  cast_columns(tile, kDown, warp, aw_t + channel * capacity + row0, capacity,
+               aw_t_scale + (i64)row_block * aw_t_scale_ld + channel, inverses[warp]);
+}

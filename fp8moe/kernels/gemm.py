@@ -1,0 +1,335 @@
+"""The four FP8 GEMMs: argument checks, operators and launches of csrc/gemm.cuh.
+
+All compute ``D[m, n] = sum_k A[m, k] B[n, k]`` with FP32 accumulation. A carries 1x128 scales
+(``quant.per_token``), B 128x128 ones (``quant.per_block``); ``k_grouped_gemm`` takes two
+token-transposed operands with 1x128 scales each (``quant.per_channel``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+
+import torch
+
+from fp8moe.kernels import heuristics, jit, launch, operands, reference, registry, status
+from fp8moe.kernels.fp8tensor import BLOCK, FP8Tensor
+from fp8moe.kernels.heuristics import Grouping, Output, Problem, Tile
+
+THREADS = 384
+
+
+# ---------------------------------------------------------------------- launch
+
+
+def _specs(grouping: Grouping, output: Output, tile: Tile) -> jit.KernelSpec:
+    block_scales = grouping != Grouping.K_GROUPED
+    return jit.KernelSpec(
+        "gemm.cuh",
+        "gemm",
+        (
+            ("GROUPING", int(grouping)),
+            ("SCALE_B_BLOCK", int(block_scales)),
+            ("OUTPUT", int(output)),
+            ("BLOCK_M", tile.block_m),
+            ("BLOCK_N", tile.block_n),
+            ("STAGES", tile.stages(block_scales)),
+            ("CLUSTER_M", tile.cluster_m),
+            ("CLUSTER_N", tile.cluster_n),
+        ),
+    )
+
+
+def kernel_specs() -> list[jit.KernelSpec]:
+    """Every configuration of the GEMM that ``heuristics`` can choose."""
+    return [
+        _specs(grouping, output, tile)
+        for grouping in Grouping
+        for output in (list(Output) if grouping == Grouping.K_GROUPED else [Output.BF16])
+        for tile in heuristics.candidates(grouping)
+    ]
+
+
+@lru_cache
+def num_sms(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+def _block_stride(scale: torch.Tensor) -> int:
+    """Floats from one k-block of an MN-major scale to the next."""
+    return scale.stride(-1) if scale.shape[-1] > 1 else 0
+
+
+def _launch(
+    p: Problem,
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    groups: torch.Tensor | None,
+    out: torch.Tensor,
+    config: tuple[Tile, int] | None = None,
+) -> None:
+    """Run problem ``p``; ``config`` overrides the heuristic (tile, band) when searching."""
+    if p.m == 0:
+        return
+    sms = num_sms(out.get_device())
+    tile, band = config or heuristics.choose(p, sms)
+    block_scales = p.grouping != Grouping.K_GROUPED
+    k_total = a.shape[-1]
+    a_rows = a.numel() // k_total
+    b_rows = b.numel() // k_total
+    map_a = launch.tensor_map(
+        a.data_ptr(),
+        dtype="u8",
+        rows=a_rows,
+        cols=k_total,
+        row_stride_bytes=k_total,
+        box_rows=tile.block_m // tile.cluster_n,
+        box_cols=128,
+        swizzle=128,
+    )
+    map_b = launch.tensor_map(
+        b.data_ptr(),
+        dtype="u8",
+        rows=b_rows,
+        cols=k_total,
+        row_stride_bytes=k_total,
+        box_rows=tile.block_n // tile.cluster_m,
+        box_cols=128,
+        swizzle=128,
+    )
+    cluster = tile.cluster_m * tile.cluster_n
+    jit.load(_specs(p.grouping, p.output, tile))(
+        min(sms // cluster, heuristics.max_items(p, tile)) * cluster,
+        THREADS,
+        [
+            map_a,
+            map_b,
+            a_scale,
+            b_scale,
+            out,
+            groups,
+            ctypes.c_void_p(status.pointer(out.device)),
+            p.m,
+            p.n,
+            k_total,
+            p.groups,
+            band,
+            a_rows,
+            b_rows,
+            _block_stride(a_scale),
+            b_scale.shape[-1] if block_scales else _block_stride(b_scale),
+        ],
+        smem=tile.shared_memory(block_scales),
+        cluster=cluster,
+    )
+
+
+def _gemm_nt_cuda(a, a_scale, b, b_scale, out) -> None:
+    p = Problem(Grouping.DENSE, Output.BF16, a.shape[0], b.shape[0], a.shape[1])
+    _launch(p, a, a_scale, b, b_scale, None, out)
+
+
+def _m_grouped_cuda(a, a_scale, b, b_scale, group_ends, out) -> None:
+    p = Problem(Grouping.M_GROUPED, Output.BF16, a.shape[0], b.shape[1], a.shape[1], b.shape[0])
+    _launch(p, a, a_scale, b, b_scale, group_ends, out)
+
+
+def _masked_cuda(a, a_scale, b, b_scale, group_sizes, out) -> None:
+    p = Problem(Grouping.MASKED, Output.BF16, a.shape[1], b.shape[1], a.shape[2], b.shape[0])
+    _launch(p, a, a_scale, b, b_scale, group_sizes, out)
+
+
+def _k_grouped_cuda(a, a_scale, b, b_scale, group_ends, out, accumulate) -> None:
+    output = Output.BF16 if out.dtype == torch.bfloat16 else Output.F32
+    p = Problem(
+        Grouping.K_GROUPED,
+        Output.ADD if accumulate else output,
+        a.shape[0],
+        b.shape[0],
+        a.shape[1],
+        group_ends.shape[0],
+    )
+    _launch(p, a, a_scale, b, b_scale, group_ends, out)
+
+
+def _no_result(*args) -> None:
+    return None
+
+
+_OPERANDS = "Tensor a, Tensor a_scale, Tensor b, Tensor b_scale"
+_gemm_nt = registry.define_op(
+    f"gemm_nt({_OPERANDS}, Tensor(a!) out) -> ()",
+    cpu=reference.gemm_nt,
+    cuda=_gemm_nt_cuda,
+    fake=_no_result,
+)
+_m_grouped = registry.define_op(
+    f"m_grouped_gemm_nt({_OPERANDS}, Tensor group_ends, Tensor(a!) out) -> ()",
+    cpu=reference.m_grouped_gemm_nt,
+    cuda=_m_grouped_cuda,
+    fake=_no_result,
+)
+_masked = registry.define_op(
+    f"m_grouped_gemm_nt_masked({_OPERANDS}, Tensor group_sizes, Tensor(a!) out) -> ()",
+    cpu=reference.m_grouped_gemm_nt_masked,
+    cuda=_masked_cuda,
+    fake=_no_result,
+)
+_k_grouped = registry.define_op(
+    f"k_grouped_gemm({_OPERANDS}, Tensor group_ends, Tensor(a!) out, bool accumulate) -> ()",
+    cpu=reference.k_grouped_gemm,
+    cuda=_k_grouped_cuda,
+    fake=_no_result,
+)
+
+
+# ---------------------------------------------------------------------- public functions
+
+
+def gemm_nt(a: FP8Tensor, b: FP8Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """``D[m, n] = sum_k A[m, k] B[n, k]``
+
+    Args:
+        a: data (M, K) float8_e4m3fn, scale (M, ceil(K/128)) MN-major, from ``quant.per_token``.
+        b: data (N, K), scale (ceil(N/128), ceil(K/128)), from ``quant.per_block``.
+        out: optional (M, N) bfloat16 to write into.
+
+    Returns: D, (M, N) bfloat16. M is arbitrary, N a multiple of 8, K of 16.
+
+    Raises: ValueError naming the argument, what was expected and what came.
+
+    Source: two-level accumulation as in section 3.3.2 of the DeepSeek-V3 report.
+    """
+    operands.check_data("a", a.data, 2)
+    operands.check_data("b", b.data, 2)
+    operands.check_pair(a, b)
+    m, n = a.data.shape[0], b.data.shape[0]
+    operands.check_n(n)
+    operands.check_row_scale("a", a)
+    operands.check_block_scale("b", b)
+    if out is None:
+        out = torch.empty((m, n), dtype=torch.bfloat16, device=a.data.device)
+    operands.check_out(out, (m, n), (torch.bfloat16,), a.data.device)
+    _gemm_nt(a.data, a.scale, b.data, b.scale, out)
+    return out
+
+
+def m_grouped_gemm_nt(
+    a: FP8Tensor, b: FP8Tensor, group_ends: torch.Tensor, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``D[m, n] = sum_k A[m, k] B[g(m), n, k]``, rows ``group_ends[g-1] <= m < group_ends[g]``
+
+    Args:
+        a: data (M, K) float8_e4m3fn, scale (M, ceil(K/128)) MN-major, from ``quant.per_token``.
+        b: data (E, N, K), scale (E, ceil(N/128), ceil(K/128)), from ``quant.per_block``.
+        group_ends: (E,) int32 on the device, non-decreasing, at most M. Groups of any size.
+        out: optional (M, N) bfloat16 to write into.
+
+    Returns: D, (M, N) bfloat16. Rows from ``group_ends[-1]`` on are not written.
+
+    Raises: ValueError naming the argument, what was expected and what came. Bad ``group_ends`` are
+        found on the device and raised by a later operator or ``fp8moe.check_errors``.
+
+    Source: the grouped layout of DeepGEMM, with arbitrary group ends.
+    """
+    operands.check_data("a", a.data, 2)
+    operands.check_data("b", b.data, 3)
+    operands.check_pair(a, b)
+    m, (e, n, _) = a.data.shape[0], b.data.shape
+    operands.check_n(n)
+    operands.check_row_scale("a", a)
+    operands.check_block_scale("b", b)
+    operands.check_groups("group_ends", group_ends, e, a.data.device)
+    if out is None:
+        out = torch.empty((m, n), dtype=torch.bfloat16, device=a.data.device)
+    operands.check_out(out, (m, n), (torch.bfloat16,), a.data.device)
+    _m_grouped(a.data, a.scale, b.data, b.scale, group_ends, out)
+    return out
+
+
+def m_grouped_gemm_nt_masked(
+    a: FP8Tensor, b: FP8Tensor, group_sizes: torch.Tensor, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``D[g, m, n] = sum_k A[g, m, k] B[g, n, k]`` for ``m < group_sizes[g]``
+
+    Args:
+        a: data (E, M, K) float8_e4m3fn, scale (E, M, ceil(K/128)) with strides (M, 1, >= E * M):
+            ``quant.per_token`` of the (E * M, K) view, both parts unflattened.
+        b: data (E, N, K), scale (E, ceil(N/128), ceil(K/128)), from ``quant.per_block``.
+        group_sizes: (E,) int32 on the device, 0 to M each.
+        out: optional (E, M, N) bfloat16 to write into.
+
+    Returns: D, (E, M, N) bfloat16. Rows past a group's size are not written.
+
+    Raises: ValueError naming the argument, what was expected and what came. Bad ``group_sizes``
+        are found on the device and raised by a later operator or ``fp8moe.check_errors``.
+
+    Source: the masked layout of DeepGEMM.
+    """
+    operands.check_data("a", a.data, 3)
+    operands.check_data("b", b.data, 3)
+    operands.check_pair(a, b)
+    (e, m, _), n = a.data.shape, b.data.shape[1]
+    if b.data.shape[0] != e:
+        raise ValueError(f"b.data: expected {e} groups as in a, got {b.data.shape[0]}")
+    operands.check_n(n)
+    operands.check_row_scale("a", a)
+    operands.check_block_scale("b", b)
+    operands.check_groups("group_sizes", group_sizes, e, a.data.device)
+    if out is None:
+        out = torch.empty((e, m, n), dtype=torch.bfloat16, device=a.data.device)
+    operands.check_out(out, (e, m, n), (torch.bfloat16,), a.data.device)
+    _masked(a.data, a.scale, b.data, b.scale, group_sizes, out)
+    return out
+
+
+def k_grouped_gemm(
+    a_t: FP8Tensor,
+    b_t: FP8Tensor,
+    group_ends: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+    accumulate: bool = False,
+) -> torch.Tensor:
+    """``D[g, n, k] (+)= sum over rows r of group g of A[n, r] B[k, r]``: the weight gradient
+
+    Args:
+        a_t: data (N, R') float8_e4m3fn, scale (N, R'/128) MN-major, from ``quant.per_channel``:
+            each group starts at a multiple of 128 and is padded with zeros.
+        b_t: data (K, R'), scale (K, R'/128), likewise.
+        group_ends: (E,) int32 on the device: the ends before padding, as given to the cast.
+        out: optional (E, N, K), float32 or bfloat16, to write into.
+        accumulate: add to ``out``, which must then be float32.
+
+    Returns: D, (E, N, K), bfloat16 unless ``out`` says otherwise. An empty group gives zeros, or
+        leaves its part of ``out`` alone when accumulating.
+
+    Raises: ValueError naming the argument, what was expected and what came. Bad ``group_ends`` are
+        found on the device and raised by a later operator or ``fp8moe.check_errors``.
+    """
+    operands.check_data("a_t", a_t.data, 2)
+    operands.check_data("b_t", b_t.data, 2)
+    n, rows = a_t.data.shape
+    k = b_t.data.shape[0]
+    if b_t.data.shape[1] != rows:
+        raise ValueError(f"b_t.data: expected {rows} columns as in a_t, got {b_t.data.shape[1]}")
+    if rows % BLOCK or rows == 0:
+        raise ValueError(f"a_t.data: expected a positive multiple of {BLOCK} columns, got {rows}")
+    if k % 8 or k == 0:
+        raise ValueError(f"b_t.data: expected a positive multiple of 8 rows, got {k}")
+    operands.check_row_scale("a_t", a_t)
+    operands.check_row_scale("b_t", b_t)
+    if b_t.data.device != a_t.data.device:
+        raise ValueError(f"b_t.data: expected device {a_t.data.device}, got {b_t.data.device}")
+    operands.check_groups("group_ends", group_ends, None, a_t.data.device)
+    shape = (group_ends.shape[0], n, k)
+    if out is None:
+        if accumulate:
+            raise ValueError("out: expected a float32 tensor to accumulate into, got None")
+        out = torch.empty(shape, dtype=torch.bfloat16, device=a_t.data.device)
+    dtypes = (torch.float32,) if accumulate else (torch.float32, torch.bfloat16)
+    operands.check_out(out, shape, dtypes, a_t.data.device)
+    _k_grouped(a_t.data, a_t.scale, b_t.data, b_t.scale, group_ends, out, accumulate)
+    return out

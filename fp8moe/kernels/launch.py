@@ -1,0 +1,406 @@
+"""TMA descriptors, argument packing and launches through the CUDA driver.
+
+A launch goes through ``cuLaunchKernelEx`` with a cached launch configuration and arguments packed
+into memory that was laid out once: the driver's Python bindings then cost well under a microsecond,
+against several for rebuilding either.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+Dim = int | tuple[int, ...]
+
+_DEFAULT_SMEM_BYTES = 48 * 1024
+_TENSOR_MAP_BYTES = 128
+_TENSOR_MAP_ALIGN = 64
+_MAX_CONFIGS = 1024
+
+
+class DriverError(RuntimeError):
+    """A CUDA driver call failed."""
+
+
+@functools.cache
+def driver() -> Any:
+    """The bindings of the CUDA driver, initialised.
+
+    Raises: DriverError when there is no driver, or it finds no GPU, saying which.
+    """
+    # Every other driver call is made only after this probe: without a driver, cuInit raises cleanly
+    # where others may break and leave the bindings deadlocked.
+    try:
+        from cuda.bindings import driver as bindings
+    except ImportError as error:
+        raise DriverError(
+            f"CUDA driver: expected the package cuda-python>=13, got {error}"
+        ) from error
+    try:
+        (result,) = bindings.cuInit(0)
+    except RuntimeError as error:
+        raise DriverError(
+            "CUDA driver: expected an NVIDIA driver on this machine, found no libcuda"
+        ) from error
+    if result != bindings.CUresult.CUDA_SUCCESS:
+        raise DriverError(f"CUDA driver: cuInit failed with {result.name}")
+    return bindings
+
+
+def driver_version() -> str:
+    """The CUDA version the driver supports, e.g. ``13.0``.
+
+    Raises: DriverError when there is no driver.
+    """
+    (version,) = _checked(driver().cuDriverGetVersion(), "cuDriverGetVersion")
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _checked(result: tuple, call: str) -> tuple:
+    code = result[0]
+    if code.value != 0:
+        _, text = driver().cuGetErrorString(code)
+        raise DriverError(f"{call}: {code.name} ({text.decode() if text else 'no description'})")
+    return result[1:]
+
+
+# ---------------------------------------------------------------------------------- TMA descriptors
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """The 128 bytes of a TMA descriptor; a kernel takes it as a ``__grid_constant__`` parameter."""
+
+    data: bytes
+
+
+_ITEM_BYTES = {"u8": 1, "bf16": 2, "f32": 4}
+
+
+def tensor_map(
+    tensor_or_ptr: torch.Tensor | int,
+    *,
+    dtype: Literal["u8", "f32", "bf16"],
+    rows: int,
+    cols: int,
+    row_stride_bytes: int,
+    box_rows: int,
+    box_cols: int,
+    swizzle: Literal[0, 128],
+) -> TensorMap:
+    """The TMA descriptor of a rows x cols matrix read or written in box_rows x box_cols tiles.
+
+    Elements out of bounds are read as zero and not written. Descriptors are cached by all
+    arguments: they hold an address, not a tensor, so a reused address is the same descriptor.
+
+    Args:
+        tensor_or_ptr: the matrix, or the device address of its first element; 16-byte aligned.
+        dtype: element type; FP8 data is ``u8``.
+        rows, cols: extent in elements, at least 1; columns are contiguous.
+        row_stride_bytes: bytes from one row to the next, a multiple of 16.
+        box_rows, box_cols: tile, 1 to 256 each; a tile row is a multiple of 16 bytes, and at most
+            128 bytes when swizzled.
+        swizzle: 0, or 128 for the 128-byte swizzle that wgmma reads.
+
+    Raises: ValueError naming the argument that TMA does not allow; DriverError without a driver.
+
+    Source: PTX ISA, "Tensor Size, Strides and Box"; CUDA driver API, cuTensorMapEncodeTiled.
+    """
+    pointer = tensor_or_ptr if isinstance(tensor_or_ptr, int) else tensor_or_ptr.data_ptr()
+    return _tensor_map(pointer, dtype, rows, cols, row_stride_bytes, box_rows, box_cols, swizzle)
+
+
+@functools.lru_cache(maxsize=8192)
+def _tensor_map(
+    pointer: int,
+    dtype: str,
+    rows: int,
+    cols: int,
+    row_stride_bytes: int,
+    box_rows: int,
+    box_cols: int,
+    swizzle: int,
+) -> TensorMap:
+    if dtype not in _ITEM_BYTES:
+        raise ValueError(f"dtype: expected one of {', '.join(_ITEM_BYTES)}, got {dtype!r}")
+    if pointer == 0 or pointer % 16:
+        raise ValueError(f"tensor_or_ptr: expected a 16-byte aligned address, got {pointer:#x}")
+    for name, extent in (("rows", rows), ("cols", cols)):
+        if not 1 <= extent <= 2**32:
+            raise ValueError(f"{name}: expected 1 to 2**32, got {extent}")
+    item = _ITEM_BYTES[dtype]
+    if row_stride_bytes % 16 or not cols * item <= row_stride_bytes < 2**40:
+        raise ValueError(
+            f"row_stride_bytes: expected a multiple of 16 from {cols * item} (a row of {cols} "
+            f"{dtype}) to 2**40, got {row_stride_bytes}"
+        )
+    for name, extent in (("box_rows", box_rows), ("box_cols", box_cols)):
+        if not 1 <= extent <= 256:
+            raise ValueError(f"{name}: expected 1 to 256, got {extent}")
+    if swizzle not in (0, 128):
+        raise ValueError(f"swizzle: expected 0 or 128, got {swizzle}")
+    box_bytes = box_cols * item
+    if box_bytes % 16 or (swizzle and box_bytes > swizzle):
+        limit = f" up to {swizzle}" if swizzle else ""
+        raise ValueError(
+            f"box_cols: expected a multiple of 16 bytes{limit}, got {box_cols} {dtype} "
+            f"= {box_bytes} bytes"
+        )
+
+    cu = driver()
+    types = {
+        "u8": cu.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        "bf16": cu.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        "f32": cu.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+    }
+    swizzles = {
+        0: cu.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
+        128: cu.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+    }
+    (encoded,) = _checked(
+        cu.cuTensorMapEncodeTiled(
+            types[dtype],
+            2,
+            pointer,
+            [cu.cuuint64_t(cols), cu.cuuint64_t(rows)],
+            [cu.cuuint64_t(row_stride_bytes)],
+            [cu.cuuint32_t(box_cols), cu.cuuint32_t(box_rows)],
+            [cu.cuuint32_t(1), cu.cuuint32_t(1)],
+            cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            swizzles[swizzle],
+            cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            cu.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        ),
+        "cuTensorMapEncodeTiled",
+    )
+    return TensorMap(ctypes.string_at(encoded.getPtr(), _TENSOR_MAP_BYTES))
+
+
+# ---------------------------------------------------------------------------------------- arguments
+
+
+class ArgumentFrame:
+    """Memory for one call's arguments, laid out once for a sequence of ``struct`` codes.
+
+    ``address`` is the ``void**`` that the driver takes: an array with the address of each argument.
+    """
+
+    def __init__(self, codes: Sequence[str]) -> None:
+        layout = "@"
+        offsets = []
+        for code in codes:
+            if code == f"{_TENSOR_MAP_BYTES}s":
+                layout += f"{-struct.calcsize(layout) % _TENSOR_MAP_ALIGN}x"
+            layout += code
+            offsets.append(struct.calcsize(layout) - struct.calcsize("@" + code))
+        self.sizes = [struct.calcsize("@" + code) for code in codes]
+        self._struct = struct.Struct(layout)
+        self._memory = ctypes.create_string_buffer(self._struct.size + _TENSOR_MAP_ALIGN)
+        self._start = -ctypes.addressof(self._memory) % _TENSOR_MAP_ALIGN
+        base = ctypes.addressof(self._memory) + self._start
+        self._pointers = (ctypes.c_void_p * max(len(codes), 1))(*(base + o for o in offsets))
+        self.address = ctypes.addressof(self._pointers)
+
+    def fill(self, values: Sequence[Any]) -> None:
+        self._struct.pack_into(self._memory, self._start, *values)
+
+    def read(self, index: int) -> bytes:
+        """The bytes of one argument as the driver will copy them."""
+        return ctypes.string_at(self._pointers[index] or 0, self.sizes[index])
+
+
+def encode(args: Sequence[Any]) -> tuple[list[str], list[Any], int]:
+    """(struct codes, values, device index or -1) of kernel arguments.
+
+    Args:
+        args: a CUDA tensor (its address), None (a null pointer), int (int32), float (float32), a
+            ctypes scalar (as it is), or a TensorMap (128 bytes by value).
+
+    Raises: TypeError for another type; ValueError for tensors on two devices or not on a GPU.
+    """
+    codes = []
+    values: list[Any] = []
+    device = -1
+    for position, arg in enumerate(args):
+        if isinstance(arg, torch.Tensor):
+            index = arg.get_device()
+            if index < 0 or index != device >= 0:
+                expected = f"cuda:{device}" if device >= 0 else "a CUDA tensor"
+                raise ValueError(
+                    f"kernel argument {position}: expected {expected}, got a tensor on {arg.device}"
+                )
+            device = index
+            codes.append("P")
+            values.append(arg.data_ptr())
+        elif arg is None:
+            codes.append("P")
+            values.append(0)
+        elif isinstance(arg, int):
+            codes.append("i")
+            values.append(arg)
+        elif isinstance(arg, float):
+            codes.append("f")
+            values.append(arg)
+        elif isinstance(arg, TensorMap):
+            codes.append("128s")
+            values.append(arg.data)
+        elif isinstance(arg, ctypes._SimpleCData):
+            codes.append(arg._type_)  # type: ignore[attr-defined]
+            values.append(0 if arg.value is None else arg.value)
+        else:
+            raise TypeError(
+                f"kernel argument {position}: expected a tensor, None, int, float, ctypes scalar "
+                f"or TensorMap, got {type(arg).__name__}"
+            )
+    return codes, values, device
+
+
+def _name_overflow(codes: Sequence[str], values: Sequence[Any], error: Exception) -> Exception:
+    """The error for the argument that does not fit its type."""
+    for position, (code, value) in enumerate(zip(codes, values, strict=True)):
+        try:
+            struct.pack("@" + code, value)
+        except (struct.error, OverflowError):
+            hint = "; pass an address as ctypes.c_void_p" if code == "i" else ""
+            return ValueError(
+                f"kernel argument {position}: expected a value that fits the C type {code!r}, "
+                f"got {value}{hint}"
+            )
+    return error
+
+
+# ------------------------------------------------------------------------------------------- launch
+
+
+def _dim3(dim: Dim) -> tuple[int, int, int]:
+    if isinstance(dim, int):
+        return dim, 1, 1
+    x, y, z = (*dim, 1, 1)[:3]
+    return x, y, z
+
+
+class Kernel:
+    """A loaded kernel: ``kernel(grid, block, args, smem=bytes, cluster=ctas)``."""
+
+    def __init__(self, cubin: bytes, entry: str) -> None:
+        cu = driver()
+        self.entry = entry
+        self._cu = cu
+        (self._library,) = _checked(
+            cu.cuLibraryLoadData(cubin, [], [], 0, [], [], 0), "cuLibraryLoadData"
+        )
+        (self._kernel,) = _checked(
+            cu.cuLibraryGetKernel(self._library, entry.encode()), "cuLibraryGetKernel"
+        )
+        self._parameter_bytes = self._parameters()
+        self._configs: dict[tuple, Any] = {}
+        self._smem: dict[int, int] = {}
+        # The driver copies the arguments while the interpreter lock is released, and the backward
+        # pass runs in a thread of its own: each thread packs into its own memory.
+        self._local = threading.local()
+
+    def _parameters(self) -> list[int]:
+        sizes: list[int] = []
+        while True:
+            result = self._cu.cuKernelGetParamInfo(self._kernel, len(sizes))
+            if result[0] == self._cu.CUresult.CUDA_ERROR_INVALID_VALUE:
+                return sizes
+            _, size = _checked(result, "cuKernelGetParamInfo")
+            sizes.append(size)
+
+    def _frame(self, codes: list[str]) -> ArgumentFrame:
+        frames: dict[str, ArgumentFrame]
+        try:
+            frames = self._local.frames
+        except AttributeError:
+            frames = self._local.frames = {}
+        key = "".join(codes)
+        frame = frames.get(key)
+        if frame is None:
+            frame = ArgumentFrame(codes)
+            if frame.sizes != self._parameter_bytes:
+                raise TypeError(
+                    f"{self.entry}: expected arguments of {self._parameter_bytes} bytes, "
+                    f"got {frame.sizes}"
+                )
+            frames[key] = frame
+        return frame
+
+    def _config(self, grid: Dim, block: Dim, smem: int, cluster: int, stream: int) -> Any:
+        cu = self._cu
+        config = cu.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = _dim3(grid)
+        config.blockDimX, config.blockDimY, config.blockDimZ = _dim3(block)
+        config.sharedMemBytes = smem
+        config.hStream = cu.CUstream(stream)
+        if cluster > 1:
+            attribute = cu.CUlaunchAttribute()
+            attribute.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            value = cu.CUlaunchAttributeValue()
+            value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = cluster, 1, 1
+            attribute.value = value
+            config.attrs = [attribute]
+            config.numAttrs = 1
+        return config
+
+    def _allow_smem(self, smem: int, device: int) -> None:
+        cu = self._cu
+        (handle,) = _checked(cu.cuDeviceGet(device), "cuDeviceGet")
+        attribute = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(
+            cu.cuKernelSetAttribute(attribute, smem, self._kernel, handle),
+            f"{self.entry}: {smem} bytes of shared memory",
+        )
+        self._smem[device] = smem
+
+    def __call__(
+        self, grid: Dim, block: Dim, args: Sequence[Any], *, smem: int = 0, cluster: int = 1
+    ) -> None:
+        """Launch on the current stream of the tensors' device; a zero in ``grid`` launches nothing.
+
+        Args:
+            grid: blocks, up to three dimensions.
+            block: threads per block, up to three dimensions.
+            args: see ``encode``.
+            smem: bytes of dynamic shared memory.
+            cluster: thread blocks per cluster along the first dimension of the grid.
+
+        Raises: TypeError for arguments that do not match the kernel's parameters; ValueError for a
+            value that does not fit its type or a tensor on the wrong device; DriverError.
+        """
+        if grid == 0 or (not isinstance(grid, int) and 0 in grid):
+            return
+        codes, values, device = encode(args)
+        if device < 0:
+            device = torch.cuda.current_device()
+        elif device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(grid, block, args, smem=smem, cluster=cluster)
+        frame = self._frame(codes)
+        try:
+            frame.fill(values)
+        except (struct.error, OverflowError) as error:
+            raise _name_overflow(codes, values, error) from None
+        if smem > _DEFAULT_SMEM_BYTES and smem > self._smem.get(device, 0):
+            self._allow_smem(smem, device)
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        key = (grid, block, smem, cluster, stream)
+        config = self._configs.get(key)
+        if config is None:
+            if len(self._configs) >= _MAX_CONFIGS:
+                self._configs.clear()
+            config = self._configs[key] = self._config(grid, block, smem, cluster, stream)
+        (result,) = self._cu.cuLaunchKernelEx(config, self._kernel, frame.address, 0)
+        if result.value == self._cu.CUresult.CUDA_ERROR_INVALID_CONTEXT.value:
+            # A thread that has made no CUDA call yet has no current context: give it torch's.
+            torch.cuda.set_device(device)
+            (result,) = self._cu.cuLaunchKernelEx(config, self._kernel, frame.address, 0)
+        if result.value != 0:
+            _checked((result,), f"{self.entry}: launch with grid {grid}, block {block}")

@@ -1,0 +1,346 @@
+"""Routing maps, and rows moved between token order and expert order.
+
+Slot i = t * K + k is token t's k-th choice. In expert order every expert's rows start at a multiple
+of 128; `slot_of_row` says which slot a row belongs to: -1 is padding inside a group, -2 lies past
+the last group. Rows past the last group are never written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from fp8moe.kernels import gather, jit, reference, registry, routing
+from fp8moe.kernels.arguments import (
+    check_aligned,
+    check_multiple,
+    check_scale,
+    check_slot_of_row,
+    check_tensor,
+)
+from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, ceil_div, empty_scale
+from fp8moe.kernels.gather import gather_slots, gather_sum
+from fp8moe.kernels.routing import route
+
+__all__ = [
+    "gather_slots",
+    "gather_sum",
+    "kernel_specs",
+    "permute_fp8",
+    "permute_fp8_both",
+    "permute_fp8_to_channel",
+    "permute_rows",
+    "route",
+]
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+THREADS = 256
+
+# A gather walks the rows one column strip at a time, so that a strip of all tokens stays in L2
+# while the K rows of a token are read. This is the part of the L2 we count on.
+L2_STRIP_BYTES = 24 << 20
+STRIP_BYTES = (1024, 256)
+STRIP_TILE_BYTES = 32768
+
+
+def _check_topk(topk: int) -> None:
+    if topk < 1:
+        raise ValueError(f"topk: expected at least 1, got {topk}")
+
+
+def _check_fp8(
+    data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int
+) -> None:
+    check_tensor("data", data, (None, None), (FP8_DTYPE,))
+    check_multiple("data: H", data.shape[1], BLOCK)
+    check_scale("scale", scale, data)
+    check_slot_of_row(slot_of_row, data.device)
+    _check_topk(topk)
+
+
+# ---- kernels -----------------------------------------------------------------------------------
+
+
+@functools.cache
+def divisor(value: int) -> tuple[ctypes.c_uint32, int]:
+    """(multiplier, shift) with n // value == (n * multiplier >> 32) >> shift for 0 <= n < 2**31.
+
+    A multiplier of 0 stands for division by 1.
+    """
+    if value == 1:
+        return ctypes.c_uint32(0), 0
+    shift = (value - 1).bit_length() - 1
+    return ctypes.c_uint32(ceil_div(1 << (32 + shift), value)), shift
+
+
+@functools.cache
+def _permute_spec(strip_bytes: int, with_scale: bool) -> jit.KernelSpec:
+    return jit.KernelSpec(
+        "permute.cuh",
+        "permute_rows",
+        (("STRIP_BYTES", strip_bytes), ("WITH_SCALE", int(with_scale))),
+    )
+
+
+@functools.cache
+def _to_channel_spec(pow2: bool, with_rows: bool) -> jit.KernelSpec:
+    return jit.KernelSpec(
+        "transpose.cuh",
+        "permute_to_channel",
+        (("POW2", int(pow2)), ("WITH_ROWS", int(with_rows))),
+    )
+
+
+def kernel_specs() -> list[jit.KernelSpec]:
+    """Every kernel configuration that this module can launch."""
+    specs = routing.kernel_specs() + gather.kernel_specs()
+    specs += [_permute_spec(strip, scale) for strip in STRIP_BYTES for scale in (False, True)]
+    specs += [_to_channel_spec(pow2, rows) for pow2 in (False, True) for rows in (False, True)]
+    return specs
+
+
+def _launch_permute(
+    source: torch.Tensor,
+    out: torch.Tensor,
+    scale: torch.Tensor | None,
+    scale_out: torch.Tensor | None,
+    slot_of_row: torch.Tensor,
+    topk: int,
+) -> None:
+    rows, columns = out.shape
+    row_bytes = columns * out.element_size()
+    if row_bytes == 0:
+        return
+    fits = len(source) * STRIP_BYTES[0] <= L2_STRIP_BYTES
+    strip = STRIP_BYTES[0] if fits else STRIP_BYTES[1]
+    check_aligned(source=source, slot_of_row=slot_of_row)
+    kernel = jit.load(_permute_spec(strip, scale is not None))
+    multiplier, shift = divisor(topk)
+    kernel(
+        (rows // (STRIP_TILE_BYTES // strip), ceil_div(row_bytes, strip)),
+        THREADS,
+        (
+            source,
+            out,
+            slot_of_row,
+            row_bytes,
+            multiplier,
+            shift,
+            scale,
+            scale.stride(1) if scale is not None else 0,
+            scale_out,
+            scale_out.stride(1) if scale_out is not None else 0,
+        ),
+    )
+
+
+def _permute_rows_cuda(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int) -> torch.Tensor:
+    out = _permute_rows_fake(x, slot_of_row, topk)
+    _launch_permute(x, out, None, None, slot_of_row, topk)
+    return out
+
+
+def _permute_rows_fake(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int) -> torch.Tensor:
+    return x.new_empty((slot_of_row.shape[0], x.shape[1]))
+
+
+def _permute_fp8_cuda(
+    data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int
+) -> Pair:
+    out, scale_out = _permute_fp8_fake(data, scale, slot_of_row, topk)
+    _launch_permute(data, out, scale, scale_out, slot_of_row, topk)
+    return out, scale_out
+
+
+def _permute_fp8_fake(
+    data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int
+) -> Pair:
+    capacity, columns = slot_of_row.shape[0], data.shape[1]
+    return (
+        data.new_empty((capacity, columns)),
+        empty_scale(capacity, ceil_div(columns, BLOCK), data.device),
+    )
+
+
+def _launch_to_channel(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    topk: int,
+    pow2: bool,
+    rows_out: Pair | None,
+    channel_out: Pair,
+) -> None:
+    columns = data.shape[1]
+    capacity = slot_of_row.shape[0]
+    if columns == 0:
+        return
+    check_aligned(data=data, slot_of_row=slot_of_row)
+    kernel = jit.load(_to_channel_spec(pow2, rows_out is not None))
+    multiplier, shift = divisor(topk)
+    data_t, scale_t = channel_out
+    kernel(
+        (capacity // BLOCK, ceil_div(columns, 2 * BLOCK)),
+        THREADS,
+        (
+            data,
+            scale,
+            scale.stride(1),
+            slot_of_row,
+            multiplier,
+            shift,
+            columns,
+            capacity,
+            rows_out[0] if rows_out else None,
+            rows_out[1] if rows_out else None,
+            rows_out[1].stride(1) if rows_out else 0,
+            data_t,
+            scale_t,
+            scale_t.stride(1),
+        ),
+    )
+
+
+def _permute_fp8_to_channel_cuda(
+    data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
+) -> Pair:
+    out = _permute_fp8_to_channel_fake(data, scale, slot_of_row, topk, pow2)
+    _launch_to_channel(data, scale, slot_of_row, topk, pow2, None, out)
+    return out
+
+
+def _permute_fp8_to_channel_fake(
+    data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
+) -> Pair:
+    capacity, columns = slot_of_row.shape[0], data.shape[1]
+    return (
+        data.new_empty((columns, capacity)),
+        empty_scale(columns, capacity // BLOCK, data.device),
+    )
+
+
+def _permute_fp8_both_cuda(
+    data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
+) -> Four:
+    rows = _permute_fp8_fake(data, scale, slot_of_row, topk)
+    channel = _permute_fp8_to_channel_fake(data, scale, slot_of_row, topk, pow2)
+    _launch_to_channel(data, scale, slot_of_row, topk, pow2, rows, channel)
+    return *rows, *channel
+
+
+def _permute_fp8_both_fake(
+    data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
+) -> Four:
+    return (
+        *_permute_fp8_fake(data, scale, slot_of_row, topk),
+        *_permute_fp8_to_channel_fake(data, scale, slot_of_row, topk, pow2),
+    )
+
+
+# ---- operators ---------------------------------------------------------------------------------
+
+_permute_rows = registry.define_op(
+    "permute_rows(Tensor x, Tensor slot_of_row, int topk) -> Tensor",
+    cpu=reference.permute_rows,
+    cuda=_permute_rows_cuda,
+    fake=_permute_rows_fake,
+)
+_permute_fp8 = registry.define_op(
+    "permute_fp8(Tensor data, Tensor scale, Tensor slot_of_row, int topk) -> (Tensor, Tensor)",
+    cpu=reference.permute_fp8,
+    cuda=_permute_fp8_cuda,
+    fake=_permute_fp8_fake,
+)
+_permute_fp8_to_channel = registry.define_op(
+    "permute_fp8_to_channel(Tensor data, Tensor scale, Tensor slot_of_row, int topk, bool pow2)"
+    " -> (Tensor, Tensor)",
+    cpu=reference.permute_fp8_to_channel,
+    cuda=_permute_fp8_to_channel_cuda,
+    fake=_permute_fp8_to_channel_fake,
+)
+_permute_fp8_both = registry.define_op(
+    "permute_fp8_both(Tensor data, Tensor scale, Tensor slot_of_row, int topk, bool pow2)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=reference.permute_fp8_both,
+    cuda=_permute_fp8_both_cuda,
+    fake=_permute_fp8_both_fake,
+)
+
+
+def permute_rows(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int) -> torch.Tensor:
+    """out[r] = x[slot_of_row[r] // topk]; zero in padding, undefined past the last group.
+
+    Args:
+        x: (T, H) bfloat16, contiguous, H a multiple of 8.
+        slot_of_row: (Rcap,) int32 from `route`.
+        topk: K, slots per token.
+
+    Returns: (Rcap, H) bfloat16.
+
+    Raises: ValueError: wrong shape, dtype, device or stride.
+    """
+    check_tensor("x", x, (None, None), (torch.bfloat16,))
+    check_multiple("x: H", x.shape[1], 8)
+    check_slot_of_row(slot_of_row, x.device)
+    _check_topk(topk)
+    return _permute_rows(x, slot_of_row, topk)
+
+
+def permute_fp8(
+    data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int
+) -> Pair:
+    """data_out[r] = data[slot_of_row[r] // topk], scale likewise: bytes move, nothing is rounded.
+
+    Args:
+        data: (T, H) float8_e4m3fn, contiguous, H a multiple of 128.
+        scale: (T, H/128) float32, per_token, MN-major.
+        slot_of_row: (Rcap,) int32 from `route`.
+        topk: K, slots per token.
+
+    Returns: data (Rcap, H) and scale (Rcap, H/128), MN-major. Padding: zero data, scale 2**-56.
+
+    Raises: ValueError: wrong shape, dtype, device or stride.
+    """
+    _check_fp8(data, scale, slot_of_row, topk)
+    return _permute_fp8(data, scale, slot_of_row, topk)
+
+
+def permute_fp8_to_channel(
+    data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
+) -> Pair:
+    """data_t[h, r] = e4m3(x[slot_of_row[r] // topk, h] / scale_t[h, r // 128]), x = data * scale.
+
+    With power-of-two scales on both sides only values that become subnormal are rounded again.
+
+    Args:
+        data: (T, H) float8_e4m3fn, contiguous, H a multiple of 128.
+        scale: (T, H/128) float32, per_token, MN-major.
+        slot_of_row: (Rcap,) int32 from `route`.
+        topk: K, slots per token.
+        pow2: round the new scales up to powers of two.
+
+    Returns: data_t (H, Rcap), scale_t (H, Rcap/128), MN-major: per_channel, zero in padding.
+
+    Raises: ValueError: wrong shape, dtype, device or stride.
+    """
+    _check_fp8(data, scale, slot_of_row, topk)
+    return _permute_fp8_to_channel(data, scale, slot_of_row, topk, pow2)
+
+
+def permute_fp8_both(
+    data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
+) -> Four:
+    """permute_fp8 and permute_fp8_to_channel of the same input, which is read once.
+
+    Args: as for `permute_fp8_to_channel`.
+
+    Returns: data (Rcap, H), scale (Rcap, H/128), data_t (H, Rcap), scale_t (H, Rcap/128).
+
+    Raises: ValueError: wrong shape, dtype, device or stride.
+    """
+    _check_fp8(data, scale, slot_of_row, topk)
+    return _permute_fp8_both(data, scale, slot_of_row, topk, pow2)

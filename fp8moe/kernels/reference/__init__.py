@@ -1,0 +1,60 @@
+"""The plain PyTorch backend: every op of the package on any device, with bit-exact FP8 casts.
+
+Same names and positional signatures as the ops. It reads `group_ends` on the host and loops over
+the groups; the CUDA kernels do not.
+"""
+
+from fp8moe.kernels.reference.cast import (
+    cast_per_block,
+    cast_per_block_both,
+    cast_per_channel,
+    cast_per_token,
+    transpose_per_block,
+)
+from fp8moe.kernels.reference.dequantize import dequantize_per_block, dequantize_per_token
+from fp8moe.kernels.reference.gemm import (
+    gemm_nt,
+    k_grouped_gemm,
+    m_grouped_gemm_nt,
+    m_grouped_gemm_nt_masked,
+)
+from fp8moe.kernels.reference.permute import (
+    gather_slots,
+    gather_sum,
+    permute_fp8,
+    permute_fp8_both,
+    permute_fp8_to_channel,
+    permute_rows,
+    route,
+)
+from fp8moe.kernels.reference.swiglu import (
+    swiglu_backward_cast,
+    swiglu_backward_rows,
+    swiglu_cast,
+    swiglu_rows,
+)
+
+__all__ = [
+    "cast_per_block",
+    "cast_per_block_both",
+    "cast_per_channel",
+    "cast_per_token",
+    "dequantize_per_block",
+    "dequantize_per_token",
+    "gather_slots",
+    "gather_sum",
+    "gemm_nt",
+    "k_grouped_gemm",
+    "m_grouped_gemm_nt",
+    "m_grouped_gemm_nt_masked",
+    "permute_fp8",
+    "permute_fp8_both",
+    "permute_fp8_to_channel",
+    "permute_rows",
+    "route",
+    "swiglu_backward_cast",
+    "swiglu_backward_rows",
+    "swiglu_cast",
+    "swiglu_rows",
+    "transpose_per_block",
+]

@@ -1,0 +1,121 @@
+"""The routing map: which row of the expert order each (token, choice) slot goes to, and back."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from fp8moe.kernels import jit, reference, registry, status
+from fp8moe.kernels.arguments import check_tensor
+from fp8moe.kernels.fp8tensor import ceil_div, padded_capacity
+
+MAX_EXPERTS = 1024
+ID_DTYPES = (torch.int32, torch.int64)
+
+Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+WARPS = 8
+SLOTS_PER_CTA = 2048
+MAX_CTAS = 128
+
+
+@functools.cache
+def _spec(entry: str, id_bits: int) -> jit.KernelSpec:
+    return jit.KernelSpec("route.cuh", entry, (("ID_BITS", id_bits),))
+
+
+def kernel_specs() -> list[jit.KernelSpec]:
+    """Every kernel configuration that this module can launch."""
+    return [_spec(entry, bits) for entry in ("route_count", "route_place") for bits in (32, 64)]
+
+
+def _route_cuda(topk_ids: torch.Tensor, num_experts: int) -> Four:
+    slots = topk_ids.numel()
+    device = topk_ids.device
+    capacity = padded_capacity(slots, num_experts)
+    row_of_slot = torch.empty(topk_ids.shape, dtype=torch.int32, device=device)
+    slot_of_row = torch.empty(capacity, dtype=torch.int32, device=device)
+    group_ends = torch.empty(num_experts, dtype=torch.int32, device=device)
+    counts = torch.empty(num_experts, dtype=torch.int32, device=device)
+
+    wanted = min(MAX_CTAS, max(1, ceil_div(slots, SLOTS_PER_CTA)))
+    slots_per_warp = max(1, ceil_div(slots, wanted * WARPS * 32)) * 32
+    ctas = max(1, ceil_div(slots, slots_per_warp * WARPS))
+    partial = torch.empty(ctas * num_experts, dtype=torch.int32, device=device)
+    first_bad = torch.empty(ctas, dtype=torch.int32, device=device)
+
+    bits = 64 if topk_ids.dtype == torch.int64 else 32
+    threads = WARPS * 32
+    jit.load(_spec("route_count", bits))(
+        ctas, threads, (topk_ids, slots, num_experts, slots_per_warp, partial, first_bad)
+    )
+    jit.load(_spec("route_place", bits))(
+        ctas,
+        threads,
+        (
+            topk_ids,
+            slots,
+            num_experts,
+            slots_per_warp,
+            partial,
+            first_bad,
+            capacity,
+            row_of_slot,
+            slot_of_row,
+            group_ends,
+            counts,
+            ctypes.c_void_p(status.pointer(device)),
+        ),
+    )
+    return row_of_slot, slot_of_row, group_ends, counts
+
+
+def _route_fake(topk_ids: torch.Tensor, num_experts: int) -> Four:
+    tokens, topk = topk_ids.shape
+    capacity = padded_capacity(tokens * topk, num_experts)
+    return (
+        topk_ids.new_empty((tokens, topk), dtype=torch.int32),
+        topk_ids.new_empty((capacity,), dtype=torch.int32),
+        topk_ids.new_empty((num_experts,), dtype=torch.int32),
+        topk_ids.new_empty((num_experts,), dtype=torch.int32),
+    )
+
+
+_route = registry.define_op(
+    "route(Tensor topk_ids, int num_experts) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=reference.route,
+    cuda=_route_cuda,
+    fake=_route_fake,
+)
+
+
+def route(topk_ids: torch.Tensor, num_experts: int) -> Four:
+    """row_of_slot[t, k] = start[topk_ids[t, k]] + rank of slot t * K + k among its expert's slots.
+
+    Deterministic: rows of an expert keep slot order. No host synchronisation.
+
+    Args:
+        topk_ids: (T, K) int32 or int64, contiguous, each in [0, num_experts]; num_experts itself
+            drops the slot.
+        num_experts: E, 1 to 1024.
+
+    Returns:
+        row_of_slot: (T, K) int32, the slot's row, or -1 if dropped.
+        slot_of_row: (Rcap,) int32, the row's slot, -1 in a group's padding, -2 past the last group;
+            Rcap = padded_capacity(T * K, E).
+        group_ends: (E,) int32, cumulative ends, each a multiple of 128.
+        counts: (E,) int32, rows of each expert without padding.
+
+    Raises:
+        ValueError: wrong shape, dtype or stride; an id out of range (on a GPU: the slot is dropped
+            and the next operator or `fp8moe.check_errors` raises).
+    """
+    check_tensor("topk_ids", topk_ids, (None, None), ID_DTYPES)
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise ValueError(f"num_experts: expected 1 to {MAX_EXPERTS}, got {num_experts}")
+    slots = topk_ids.shape[0] * topk_ids.shape[1]
+    if padded_capacity(slots, num_experts) >= 1 << 31:
+        raise ValueError(f"topk_ids: expected fewer than 2**31 padded rows, got {slots} slots")
+    return _route(topk_ids, num_experts)

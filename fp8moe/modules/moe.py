@@ -1,0 +1,109 @@
+"""MoE: router, experts and optional shared experts in one layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fp8moe.modules.experts import Experts
+from fp8moe.modules.router import Router
+
+
+class MoEOutput(NamedTuple):
+    """Args:
+    y: the shape of the layer's input.
+    aux_loss: float32 scalar, the router's losses times their coefficients: add it to the loss.
+    """
+
+    y: torch.Tensor
+    aux_loss: torch.Tensor
+
+
+class SharedExperts(nn.Module):
+    """y = sigmoid(x gate^T) * (silu(g) * u) w2^T, [g | u] = x w13^T: an MLP for every token.
+
+    Ordinary torch layers: autocast decides their precision.
+
+    Args:
+        hidden_size: H.
+        intermediate_size: I of all shared experts together.
+        gated: have the sigmoid gate (Qwen-MoE); without it y = (silu(g) * u) w2^T (DeepSeek).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        gated: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+
+        def linear(n: int, k: int) -> nn.Linear:
+            return nn.Linear(k, n, bias=False, device=device, dtype=dtype)
+
+        self.w13 = linear(2 * intermediate_size, hidden_size)
+        self.w2 = linear(hidden_size, intermediate_size)
+        self.gate = linear(1, hidden_size) if gated else None
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02, out_std: float | None = None) -> None:
+        """w13 and gate ~ normal(0, std), w2 ~ normal(0, out_std or std), all cut at 3 std."""
+        for layer in (self.w13, self.w2, self.gate):
+            if layer is not None:
+                s = out_std if layer is self.w2 and out_std is not None else std
+                nn.init.trunc_normal_(layer.weight, std=s, a=-3 * s, b=3 * s)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        y = self.w2(F.silu(gate) * up)
+        return y if self.gate is None else torch.sigmoid(self.gate(x)) * y
+
+
+class MoE(nn.Module):
+    """y = experts(x, router(x)) + shared_experts(x)
+
+    Returns a pair, so that the auxiliary loss has its gradient wherever the layer runs: under both
+    kinds of activation checkpointing and torch.compile, where an attribute would lose it.
+
+        y, aux_loss = moe(x)
+
+    Args:
+        router: chooses the experts.
+        experts: with the router's number of experts and hidden size.
+        shared_experts: any module from (T, H) to (T, H), for example SharedExperts.
+
+    Attributes:
+        last_load: (E,) int64, tokens of each expert in the last forward; None before. Not a buffer.
+
+    Shapes: forward takes x (..., H) and returns MoEOutput(y (..., H), aux_loss).
+
+    Raises: ValueError if router and experts do not fit together.
+    """
+
+    def __init__(
+        self, router: Router, experts: Experts, shared_experts: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        sizes = (router.num_experts, router.hidden_size)
+        if (experts.num_experts, experts.hidden_size) != sizes:
+            raise ValueError(
+                f"experts: expected (num_experts, hidden_size) = {sizes} of the router, "
+                f"got {(experts.num_experts, experts.hidden_size)}"
+            )
+        self.router, self.experts, self.shared_experts = router, experts, shared_experts
+        self.last_load: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> MoEOutput:
+        x_TH = x.reshape(-1, x.shape[-1])
+        routed = self.router(x_TH)
+        y_TH = self.experts(x_TH, routed.topk_ids, routed.topk_weights)
+        if self.shared_experts is not None:
+            y_TH = y_TH + self.shared_experts(x_TH)
+        self.last_load = routed.num_tokens_per_expert
+        return MoEOutput(y_TH.reshape(x.shape), routed.aux_loss)

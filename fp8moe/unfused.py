@@ -1,0 +1,163 @@
+"""The expert layer's pieces as separate differentiable functions, on the padded layout.
+
+The fused path in functional.py does not use them; a layer with a GEMM in BF16, or with sizes that
+are not multiples of 128, is composed of them.
+
+Padded layout: slot t * K + k is token t's k-th choice; every expert's rows start at a multiple of
+128 and come in slot order; padding rows are zero; rows past the last expert are undefined and never
+read.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from fp8moe.config import FP8Config
+from fp8moe.kernels import reference
+from fp8moe.kernels.cast import cast_per_token
+from fp8moe.kernels.fp8tensor import BLOCK, FP8Tensor
+from fp8moe.kernels.permute import gather_slots, gather_sum, permute_rows, route
+from fp8moe.observe import report
+
+
+class Permutation(NamedTuple):
+    """Where each routed slot's row is, and which slot each row holds.
+
+    Args:
+        row_of_slot: (T, K) int32, the slot's row, -1 for a dropped slot.
+        slot_of_row: (Rcap,) int32, the row's slot, -1 in an expert's padding, -2 past the last one.
+        group_ends: (E,) int32, cumulative ends of the experts' rows, multiples of 128.
+        num_tokens_per_expert: (E,) int32, rows of each expert without padding.
+    """
+
+    row_of_slot: torch.Tensor
+    slot_of_row: torch.Tensor
+    group_ends: torch.Tensor
+    num_tokens_per_expert: torch.Tensor
+
+    @classmethod
+    def of(cls, topk_ids: torch.Tensor, num_experts: int) -> Permutation:
+        return cls(*route(topk_ids, num_experts))
+
+
+class PermuteRows(torch.autograd.Function):
+    """x_R[r] = x_T[slot_of_row[r] // K]; the gradient is the sum over a token's rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(row_of_slot)
+        return permute_rows(x, slot_of_row, row_of_slot.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: torch.Tensor) -> Any:
+        (row_of_slot,) = ctx.saved_tensors
+        return gather_sum(dx.contiguous(), row_of_slot), None, None
+
+
+class GatherSum(torch.autograd.Function):
+    """y_T[t] = sum_k y_R[row_of_slot[t, k]]; the gradient is copied to each of the rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(slot_of_row)
+        ctx.topk = row_of_slot.shape[1]
+        return gather_sum(y, row_of_slot)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        (slot_of_row,) = ctx.saved_tensors
+        return permute_rows(dy.contiguous(), slot_of_row, ctx.topk), None, None
+
+
+def compress(h: torch.Tensor, row_of_slot: torch.Tensor, config: FP8Config) -> FP8Tensor:
+    """h in FP8, to be saved for backward with save="fp8"."""
+    h8 = FP8Tensor(*cast_per_token(h, config.pow2_scales))
+    report("h", h8, row_of_slot)
+    return h8
+
+
+def expand(h8: FP8Tensor, config: FP8Config) -> torch.Tensor:
+    """data * scale in BF16; exact for power-of-two scales, which BF16 holds."""
+    if h8.data.shape[1] % BLOCK:
+        return reference.dequantize_per_token(h8.data, h8.scale).bfloat16()
+    scale = h8.scale.bfloat16() if config.pow2_scales else h8.scale
+    blocks = h8.data.bfloat16().unflatten(1, (-1, BLOCK)) * scale.unsqueeze(-1)
+    return blocks.flatten(1).bfloat16()
+
+
+def _weight_of_row(topk_weights: torch.Tensor, slot_of_row: torch.Tensor) -> torch.Tensor:
+    p = topk_weights.reshape(-1).index_select(0, slot_of_row.clamp_min(0))
+    return p.masked_fill(slot_of_row < 0, 0.0).unsqueeze(1)
+
+
+class WeightedSwiglu(torch.autograd.Function):
+    """aw[r] = p[r] * silu(g[r]) * u[r], h = [g | u], p the routing weight of row r, in FP32.
+
+    Padding has h = 0 and gives zeros; rows past the last expert are computed from whatever memory
+    holds there, and never read.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: torch.Tensor,
+        topk_weights: torch.Tensor,
+        row_of_slot: torch.Tensor,
+        slot_of_row: torch.Tensor,
+        config: FP8Config,
+    ) -> torch.Tensor:
+        ctx.config = config
+        saved = compress(h, row_of_slot, config) if config.save == "fp8" else (h, None)
+        ctx.save_for_backward(*saved, topk_weights, row_of_slot, slot_of_row)
+        g, u = h.float().chunk(2, dim=1)
+        return (_weight_of_row(topk_weights, slot_of_row) * (F.silu(g) * u)).bfloat16()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, da: torch.Tensor) -> Any:
+        h, h_scale, topk_weights, row_of_slot, slot_of_row = ctx.saved_tensors
+        if h_scale is not None:
+            h = expand(FP8Tensor(h, h_scale), ctx.config)
+        need_h, need_p = ctx.needs_input_grad[:2]
+        g, u = h.float().chunk(2, dim=1)
+        grad = da.float()
+        s = torch.sigmoid(g)
+        silu = g * s
+        dh = dp = None
+        if need_p:
+            dp = gather_slots((grad * silu * u).sum(dim=1).unsqueeze(0), row_of_slot)
+        if need_h:
+            grad = grad * _weight_of_row(topk_weights, slot_of_row)
+            dg = grad * u * s * (1 + g * (1 - s))
+            dh = torch.cat([dg.bfloat16(), (grad * silu).bfloat16()], dim=1)
+        return dh, dp, None, None, None
+
+
+class NoRows(torch.autograd.Function):
+    """An empty result that still gives its inputs zero gradients, which data parallelism awaits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, shape: tuple[int, ...], dtype: torch.dtype, *inputs: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.like = [(t.shape, t.dtype, t.device) for t in inputs]
+        return torch.empty(shape, dtype=dtype, device=inputs[0].device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        grads = [
+            torch.zeros(shape, dtype=dtype, device=device) if need else None
+            for need, (shape, dtype, device) in zip(ctx.needs_input_grad[2:], ctx.like, strict=True)
+        ]
+        return None, None, *grads

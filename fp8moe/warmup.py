@@ -1,0 +1,58 @@
+"""Which kernels an expert layer of given sizes uses, so that they can be compiled ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fp8moe.kernels import cast, gemm, heuristics, permute, swiglu
+from fp8moe.kernels.fp8tensor import padded_capacity
+from fp8moe.kernels.heuristics import Grouping, Output, Problem
+from fp8moe.kernels.jit import KernelSpec
+from fp8moe.shapes import LayerShape
+
+H100_SMS = 132
+TOKENS = tuple(2**i for i in range(7, 17))
+"""Tokens per micro-batch assumed when none are given: the powers of two from 128 to 65536."""
+
+
+def layer_problems(shape: LayerShape, tokens: int) -> set[Problem]:
+    """The GEMMs of forward and backward for a micro-batch of ``tokens``, whatever the routing."""
+    h, i, e = shape.hidden, shape.intermediate, shape.experts
+    rows = tokens * shape.topk
+    capacity = padded_capacity(rows, e)
+    problems = set()
+    for n, k in ((2 * i, h), (h, i), (i, h), (h, 2 * i)):  # fprop of w13, w2, then dgrad
+        for m in (capacity, rows):  # swiglu_experts pads its groups, grouped_linear does not
+            problems.add(Problem(Grouping.M_GROUPED, Output.BF16, m, n, k, e))
+    for m, n in ((2 * i, h), (h, i)):  # wgrad: into BF16 or FP32, or added to main_grad
+        for output in Output:
+            problems.add(Problem(Grouping.K_GROUPED, output, m, n, capacity, e))
+    return problems
+
+
+def all_specs() -> list[KernelSpec]:
+    """Every kernel configuration that is shipped."""
+    return [spec for module in (gemm, cast, permute, swiglu) for spec in module.kernel_specs()]
+
+
+def layer_specs(
+    shape: LayerShape, tokens: Iterable[int] = TOKENS, num_sms: int = H100_SMS
+) -> list[KernelSpec]:
+    """The kernels that layers of ``shape`` use on a GPU with ``num_sms`` multiprocessors.
+
+    Kernels take their sizes at run time, so this is few of ``all_specs``: the tiles that the
+    heuristics choose for these sizes, and all casts, permutations and activations.
+
+    Args:
+        shape: the expert layer.
+        tokens: token counts per micro-batch.
+        num_sms: 132 on H100 SXM and H200, 114 on H100 PCIe, 78 on H20.
+    """
+    specs: dict[KernelSpec, None] = {}
+    for count in tokens:
+        for problem in sorted(layer_problems(shape, count), key=repr):
+            tile, _ = heuristics.choose(problem, num_sms)
+            specs[gemm._specs(problem.grouping, problem.output, tile)] = None
+    for module in (cast, permute, swiglu):
+        specs.update(dict.fromkeys(module.kernel_specs()))
+    return list(specs)

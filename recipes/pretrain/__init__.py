@@ -1,0 +1,1 @@
+"""Pretrains a small mixture-of-experts language model in FP8 beside its BF16 twin."""

@@ -1,0 +1,176 @@
+"""Hyperparameters of a run: the presets, the checks, and what they cost in parameters and FLOPs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+VOCABULARY = 256  # one token per byte value
+
+
+class UserError(ValueError):
+    """A request that cannot be carried out: printed without a traceback, nothing written."""
+
+
+def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the numbers of a run: equal configs and data, equal runs."""
+
+    model: str = _option("both", "which twins to train", ("both", "fp8", "bf16"))
+    device: str = _option("cpu", "where to train", ("cpu", "cuda"))
+    seed: int = _option(0, "seed of the weights, of the data order and of the text samples")
+
+    data: str | None = _option(None, "file or folder of text; default: .py files of torch")
+    pattern: str | None = _option(None, "glob that file names of a folder must match")
+    valid_fraction: float = _option(0.02, "share of the bytes held out for validation, by file")
+
+    layers: int = _option(3, "transformer layers, each with a mixture of experts")
+    d_model: int = _option(256, "width of the model (H)")
+    heads: int = _option(4, "attention heads")
+    experts: int = _option(8, "experts per layer (E)")
+    top_k: int = _option(2, "experts that a token goes to (K)")
+    d_expert: int = _option(128, "inner width of an expert (I)")
+
+    seq_len: int = _option(256, "tokens in a sequence")
+    batch_size: int = _option(8, "sequences in a micro-batch")
+    grad_accumulation: int = _option(1, "micro-batches in a step")
+    steps: int = _option(500, "optimizer steps")
+
+    lr: float = _option(3e-3, "peak learning rate")
+    min_lr: float = _option(0.1, "last learning rate, as a share of the peak")
+    warmup_steps: int = _option(50, "steps of linear warm-up before the cosine")
+    weight_decay: float = _option(0.1, "AdamW weight decay of the matrices")
+    beta1: float = _option(0.9, "AdamW beta 1")
+    beta2: float = _option(0.95, "AdamW beta 2")
+    clip: float = _option(1.0, "largest gradient norm")
+    balance_loss: float = _option(0.01, "weight of the load-balancing loss")
+    z_loss: float = _option(0.001, "weight of the router's z-loss")
+
+    pow2_scales: bool = _option(True, "round FP8 scales up to powers of two")
+    save: str = _option("bf16", "what FP8 experts keep for backward", ("bf16", "fp8", "recompute"))
+
+    log_every: int = _option(5, "steps between two reads of the device's metrics")
+    eval_every: int = _option(50, "steps between two validations")
+    eval_batches: int = _option(8, "micro-batches in a validation")
+    observe_every: int = _option(25, "steps between two looks at FP8 values; 0: never")
+    checkpoint_every: int = _option(100, "steps between two checkpoints")
+    keep: int = _option(2, "checkpoints to keep")
+    sample_bytes: int = _option(200, "bytes of text to write at the end; 0: none")
+    temperature: float = _option(0.7, "temperature of that text")
+
+    @property
+    def twins(self) -> tuple[str, ...]:
+        """Names of the models that this run trains, in the order in which they take a step."""
+        return ("bf16", "fp8") if self.model == "both" else (self.model,)
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.batch_size * self.grad_accumulation
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.seq_len
+
+    @property
+    def attention_parameters(self) -> int:
+        """Parameters outside the experts: embedding, attention, routers, norms."""
+        layer = 4 * self.d_model**2 + self.experts * self.d_model + 2 * self.d_model
+        return self.layers * layer + VOCABULARY * self.d_model + self.d_model
+
+    @property
+    def expert_parameters(self) -> int:
+        return self.layers * self.experts * 3 * self.d_model * self.d_expert
+
+    @property
+    def parameters(self) -> int:
+        return self.attention_parameters + self.expert_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token meets."""
+        return self.attention_parameters + self.expert_parameters * self.top_k // self.experts
+
+    @property
+    def flops_per_step(self) -> int:
+        """6 FLOP per active parameter and token, and the causal half of attention's products."""
+        attention = 6 * self.layers * self.seq_len * self.d_model
+        return self.tokens_per_step * (6 * self.active_parameters + attention)
+
+    @property
+    def expert_flops_per_step(self) -> int:
+        """18 R H I a layer: the part that the FP8 twin does in FP8."""
+        rows = self.tokens_per_step * self.top_k
+        return 18 * self.layers * rows * self.d_model * self.d_expert
+
+    def check(self) -> None:
+        """Raises UserError for a value that no run can have."""
+        for names, least, text in (
+            (_POSITIVE, math.ulp(0.0), "more than 0"),
+            (_NOT_NEGATIVE, 0, "0 or more"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if not least <= value < math.inf:  # false for NaN too
+                    raise UserError(f"--{option(name)}: expected {text}, got {value}")
+        for item in dataclasses.fields(self):
+            choices = item.metadata["choices"]
+            if choices and getattr(self, item.name) not in choices:
+                raise UserError(
+                    f"--{option(item.name)}: expected one of {', '.join(choices)}, "
+                    f"got {getattr(self, item.name)}"
+                )
+        if self.d_model % (2 * self.heads):
+            raise UserError(
+                f"--d-model: expected a multiple of twice --heads ({2 * self.heads}), "
+                f"because rotary positions turn pairs of channels; got {self.d_model}"
+            )
+        if self.top_k > self.experts:
+            raise UserError(
+                f"--top-k: expected at most --experts ({self.experts}), got {self.top_k}"
+            )
+        if self.warmup_steps >= self.steps:
+            raise UserError(
+                f"--warmup-steps: expected fewer than --steps ({self.steps}), "
+                f"got {self.warmup_steps}"
+            )
+        if not 0 < self.valid_fraction <= 0.5:
+            raise UserError(f"--valid-fraction: expected 0 to 0.5, got {self.valid_fraction}")
+        if not 0 <= self.min_lr <= 1:
+            raise UserError(f"--min-lr: expected 0 to 1 (a share of --lr), got {self.min_lr}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name}: expected 0 to 1, got {getattr(self, name)}")
+
+
+_POSITIVE = (
+    "layers", "d_model", "heads", "experts", "top_k", "d_expert", "seq_len", "batch_size",
+    "grad_accumulation", "steps", "lr", "clip", "log_every", "eval_every", "eval_batches",
+    "checkpoint_every", "keep", "temperature",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "warmup_steps", "weight_decay", "balance_loss", "z_loss", "observe_every", "sample_bytes",
+)  # fmt: skip
+
+
+# Settings that a resumed run may change: they touch no number of the training.
+FREE = ("checkpoint_every", "keep")
+
+
+def option(name: str) -> str:
+    """The command-line spelling of a field."""
+    return name.replace("_", "-")
+
+
+def load(values: dict[str, Any]) -> Config:
+    """The Config written by ``dataclasses.asdict``; unknown names are an error."""
+    known = {item.name for item in dataclasses.fields(Config)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UserError(f"config.json: unknown settings {', '.join(unknown)}")
+    return Config(**values)

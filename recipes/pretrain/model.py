@@ -1,0 +1,132 @@
+"""A decoder-only transformer whose every MLP is a mixture of experts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fp8moe
+
+from .config import VOCABULARY, Config
+
+ROPE_BASE = 10_000.0
+
+
+def rope_tables(seq_len: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * base^(-2i/D), float32 [seq_len, head_dim / 2]."""
+    frequency = ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns channel pairs (i, i + D/2) of x [..., S, D] by the angle of their position."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + moe(norm(x))."""
+
+    def __init__(self, config: Config, precision: fp8moe.FP8Config):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.attention = Attention(config)
+        self.moe_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.moe = fp8moe.MoE(
+            fp8moe.Router(
+                config.d_model,
+                config.experts,
+                config.top_k,
+                balance_loss_coeff=config.balance_loss,
+                z_loss_coeff=config.z_loss,
+            ),
+            fp8moe.Experts(config.experts, config.d_model, config.d_expert, config=precision),
+        )
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        y, router_loss = self.moe(self.moe_norm(x))
+        return x + y, router_loss
+
+
+class LanguageModel(nn.Module):
+    """Next-byte model: embedding, blocks, norm, and the embedding again as output layer.
+
+    The residual stream is FP32; under autocast attention runs in BF16 and the experts in
+    ``precision``: "fp8" for all three GEMMs in FP8, "bf16" for none.
+
+    Shapes: tokens and targets are int64 [B, S], S at most ``config.seq_len``.
+    """
+
+    def __init__(self, config: Config, precision: str):
+        super().__init__()
+        experts = fp8moe.FP8Config.bf16()
+        if precision == "fp8":
+            experts = fp8moe.FP8Config(pow2_scales=config.pow2_scales, save=config.save)
+        self.embedding = nn.Embedding(VOCABULARY, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, experts) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        cos, sin = rope_tables(config.seq_len, config.d_model // config.heads)
+        self.register_buffer("cos", cos.to(self.norm.weight.device), persistent=False)
+        self.register_buffer("sin", sin.to(self.norm.weight.device), persistent=False)
+        self._draw_weights(config)
+
+    def _draw_weights(self, config: Config) -> None:
+        """Normal weights of 0.02 at width 1024, more for less; smaller where a block adds to x."""
+        std = 0.02 * math.sqrt(1024 / config.d_model)
+        added = std / math.sqrt(2 * config.layers)
+        nn.init.normal_(self.embedding.weight, std=std)
+        for block in self.blocks:
+            nn.init.normal_(block.attention.qkv.weight, std=std)
+            nn.init.normal_(block.attention.out.weight, std=added)
+            block.moe.router.reset_parameters(std)
+            block.moe.experts.reset_parameters(std, added)
+
+    def _hidden(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embedding(tokens)
+        length = tokens.shape[1]
+        # Rotating in the dtype of q and k: half the bytes of FP32, and positions stay exact enough.
+        dtype = torch.get_autocast_dtype(x.device.type)
+        if not torch.is_autocast_enabled(x.device.type):
+            dtype = x.dtype
+        cos, sin = self.cos[:length].to(dtype), self.sin[:length].to(dtype)
+        router_losses = []
+        for block in self.blocks:
+            x, router_loss = block(x, cos, sin)
+            router_losses.append(router_loss)
+        return self.norm(x), torch.stack(router_losses).sum()
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[B, S, 256] scores of the next byte at each position."""
+        return F.linear(self._hidden(tokens)[0], self.embedding.weight)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean cross-entropy in nats per byte, the routers' own losses), float32 scalars."""
+        hidden, router_loss = self._hidden(tokens)
+        scores = F.linear(hidden, self.embedding.weight).float()
+        return F.cross_entropy(scores.flatten(0, 1), targets.flatten()), router_loss
+
+    def expert_load(self) -> Tensor:
+        """Tokens of each expert in the last forward, int64 [layers, experts] on the device."""
+        return torch.stack([block.moe.last_load for block in self.blocks])

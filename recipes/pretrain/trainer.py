@@ -1,0 +1,100 @@
+"""The training loop: both twins, step by step, on the same batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import checkpoint
+from .config import Config
+from .data import Corpus, Loader
+from .metrics import VALID, Metrics
+from .stop import StopRequest
+from .twin import Twin
+
+
+class Trainer:
+    """The twins of a run and where they are in the data."""
+
+    def __init__(self, config: Config, corpus: Corpus):
+        self.config = config
+        self.device = torch.device(config.device)
+        self.loader = Loader(corpus, config)
+        self.twins = [Twin(name, config) for name in config.twins]
+        self.step = 0  # steps done; also the position in the data
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Puts weights, optimizers, random state and position back to those of a checkpoint."""
+        for twin in self.twins:
+            twin.restore(saved)
+        checkpoint.restore_random_state(self.device, saved.tensors("random"))
+        self.step = saved.state["step"]
+
+    def save(self, folder: Path, metrics: Metrics) -> Path:
+        """Writes a checkpoint that ``restore`` continues from bit for bit."""
+        for twin in self.twins:
+            twin.flush(metrics)
+        tensors = {"random": checkpoint.random_state(self.device)}
+        for twin in self.twins:
+            tensors |= twin.tensors()
+        state = {
+            "metrics_bytes": metrics.offset(),
+            "skipped": {twin.name: twin.skipped for twin in self.twins},
+        }
+        return checkpoint.save(folder, self.step, tensors, state, self.config.keep)
+
+    def train(self, folder: Path, metrics: Metrics, stop: StopRequest) -> bool:
+        """Trains until the last step or a request to stop, then saves.
+
+        Returns:
+            Whether the last step was done.
+
+        Raises:
+            Diverged: a twin's gradients stay not finite. The last checkpoint is from before.
+        """
+        config = self.config
+        saved_at = self.step
+        with tqdm(
+            total=config.steps, initial=self.step, desc="training", unit="step", smoothing=0.05,
+            dynamic_ncols=True,
+        ) as bar:  # fmt: skip
+            while self.step < config.steps and stop.signal is None:
+                self._one_step()
+                bar.update()
+                done = self.step == config.steps
+                if done or self.step % config.log_every == 0:
+                    self._show(bar, metrics)
+                if done or self.step % config.eval_every == 0:
+                    self._validate(metrics)
+                if done or self.step % config.checkpoint_every == 0:
+                    self.save(folder, metrics)
+                    saved_at = self.step
+        if self.step != saved_at:
+            self.save(folder, metrics)
+        return self.step == config.steps
+
+    def _one_step(self) -> None:
+        every = self.config.observe_every
+        observe = every > 0 and self.step % every == 0
+        batches = self.loader.step(self.step)
+        for twin in self.twins:
+            twin.train_step(self.step, batches, observe)
+        self.step += 1
+
+    def _show(self, bar: tqdm, metrics: Metrics) -> None:
+        shown = {}
+        for twin in self.twins:
+            latest = twin.flush(metrics)
+            shown[twin.name] = f"{latest['loss']:.4f}"
+            if "tokens_per_s" in latest:
+                shown[f"{twin.name} tok/s"] = f"{latest['tokens_per_s']:,.0f}"
+        metrics.flush()
+        bar.set_postfix(shown)
+
+    def _validate(self, metrics: Metrics) -> None:
+        for twin in self.twins:
+            loss = twin.validate(self.loader.validation())
+            metrics.write(VALID, step=self.step, model=twin.name, loss=loss)
+        metrics.flush()

@@ -1,0 +1,60 @@
+"""The choice of a tile needs no GPU: limits of the hardware, and the choices that matter."""
+
+import pytest
+
+from fp8moe.kernels import heuristics
+from fp8moe.kernels.heuristics import Grouping, Output, Problem, Tile
+
+TILES = sorted({t for g in Grouping for t in heuristics.candidates(g)}, key=str)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("block_scales", [True, False])
+def test_every_tile_fits_shared_memory_with_a_working_ring(tile, block_scales):
+    assert tile.shared_memory(block_scales) <= heuristics.SHARED_MEMORY
+    assert 3 <= tile.stages(block_scales) <= 12
+    assert tile.cluster_m * tile.cluster_n <= 2
+
+
+def test_large_problems_get_the_wide_tile_and_multicast():
+    tile, band = heuristics.choose(Problem(Grouping.DENSE, Output.BF16, 4096, 4096, 7168), 132)
+    assert (tile.block_m, tile.block_n) == (128, 256)
+    assert tile.cluster_m * tile.cluster_n == 2
+    assert band > 1
+
+
+@pytest.mark.parametrize("m", [1, 7, 64])
+def test_few_rows_get_the_short_tile(m):
+    tile, _ = heuristics.choose(Problem(Grouping.DENSE, Output.BF16, m, 4096, 7168), 132)
+    assert tile.block_m == 64
+
+
+def test_a_pair_along_n_is_not_chosen_where_it_would_compute_a_quarter_more():
+    # N = 768 is three tiles of 256: pairing them along N makes four.
+    p = Problem(Grouping.M_GROUPED, Output.BF16, 131072, 768, 2048, 128)
+    tile, _ = heuristics.choose(p, 132)
+    assert tile.block_n * tile.cluster_n <= 256
+
+
+@pytest.mark.parametrize("grouping", list(Grouping))
+def test_estimate_grows_with_the_work(grouping):
+    small = Problem(grouping, Output.BF16, 4096, 2048, 4096, 4)
+    for field in ("m", "n", "k"):
+        large = Problem(**{**vars(small), field: 4 * getattr(small, field)})
+        for tile in heuristics.candidates(grouping):
+            assert heuristics.estimate(large, tile, 132) > heuristics.estimate(small, tile, 132)
+
+
+def test_max_items_bounds_every_split_of_the_rows():
+    tile = Tile(128, 256)
+    p = Problem(Grouping.M_GROUPED, Output.BF16, 1000, 512, 512, 5)
+    for sizes in ([1000, 0, 0, 0, 0], [1, 1, 1, 1, 996], [200] * 5, [129, 1, 385, 257, 228]):
+        rows = sum(-(-s // 128) for s in sizes)
+        assert rows * 2 <= heuristics.max_items(p, tile)
+
+
+def test_accumulation_costs_more_than_overwriting():
+    add = Problem(Grouping.K_GROUPED, Output.ADD, 1536, 2048, 8192, 128)
+    write = Problem(Grouping.K_GROUPED, Output.BF16, 1536, 2048, 8192, 128)
+    tile = Tile(128, 256)
+    assert heuristics.estimate(add, tile, 132) > heuristics.estimate(write, tile, 132)

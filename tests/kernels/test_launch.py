@@ -1,0 +1,296 @@
+"""Argument packing and TMA descriptors on the CPU; launches on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fp8moe.kernels import jit, launch
+
+MAP = launch.TensorMap(bytes(range(128)))
+
+
+# ---------------------------------------------------------------------------------------- arguments
+
+
+def packed(args: list[Any]) -> tuple[launch.ArgumentFrame, list[bytes]]:
+    codes, values, _ = launch.encode(args)
+    frame = launch.ArgumentFrame(codes)
+    frame.fill(values)
+    return frame, [frame.read(i) for i in range(len(args))]
+
+
+@pytest.mark.parametrize(
+    ("arg", "expected"),
+    [
+        (None, bytes(8)),
+        (7, struct.pack("<i", 7)),
+        (-(2**31), struct.pack("<i", -(2**31))),
+        (True, struct.pack("<i", 1)),
+        (1.5, struct.pack("<f", 1.5)),
+        (ctypes.c_void_p(0x7F0012345678), struct.pack("<Q", 0x7F0012345678)),
+        (ctypes.c_void_p(None), bytes(8)),
+        (ctypes.c_int64(-3), struct.pack("<q", -3)),
+        (ctypes.c_uint64(2**64 - 1), struct.pack("<Q", 2**64 - 1)),
+        (ctypes.c_uint32(2**32 - 1), struct.pack("<I", 2**32 - 1)),
+        (ctypes.c_double(0.1), struct.pack("<d", 0.1)),
+        (ctypes.c_bool(True), b"\x01"),
+        (MAP, MAP.data),
+    ],
+)
+def test_one_argument_is_packed_as_its_c_type(arg: Any, expected: bytes) -> None:
+    assert packed([arg])[1] == [expected]
+
+
+def test_arguments_are_naturally_aligned_whatever_their_order() -> None:
+    args = [1, None, MAP, ctypes.c_bool(True), 2.0, ctypes.c_int64(5), MAP, 3]
+    frame, read = packed(args)
+    assert [len(data) for data in read] == [4, 8, 128, 1, 4, 8, 128, 4]
+    assert read[2] == read[6] == MAP.data and read[5] == struct.pack("<q", 5)
+    pointers = (ctypes.c_void_p * len(args)).from_address(frame.address)
+    for pointer, size in zip(pointers, frame.sizes, strict=True):
+        assert pointer is not None and pointer % min(size, 64) == 0
+    assert pointers[0] is not None and pointers[0] % 64 == 0
+
+
+def test_no_arguments() -> None:
+    assert packed([])[1] == []
+
+
+@pytest.mark.parametrize("value", [2**31, -(2**31) - 1, 0x7F0012345678])
+def test_int_out_of_range_names_the_argument(value: int) -> None:
+    codes, values, _ = launch.encode([None, value])
+    with pytest.raises((struct.error, OverflowError)) as caught:
+        launch.ArgumentFrame(codes).fill(values)
+    error = launch._name_overflow(codes, values, caught.value)
+    assert f"argument 1: expected a value that fits the C type 'i', got {value}" in str(error)
+    assert "ctypes.c_void_p" in str(error)
+
+
+def test_other_types_are_refused() -> None:
+    with pytest.raises(TypeError, match="argument 1: expected a tensor, .* got str"):
+        launch.encode([1, "x"])
+
+
+def test_cpu_tensor_is_refused() -> None:
+    with pytest.raises(ValueError, match="argument 1: expected a CUDA tensor, got .* cpu"):
+        launch.encode([1, torch.zeros(3)])
+
+
+# ---------------------------------------------------------------------------------- TMA descriptors
+
+GOOD_MAP = dict(
+    tensor_or_ptr=0x1000,
+    dtype="u8",
+    rows=5,
+    cols=256,
+    row_stride_bytes=256,
+    box_rows=64,
+    box_cols=128,
+    swizzle=128,
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"tensor_or_ptr": 0x1008},
+            "tensor_or_ptr: expected a 16-byte aligned address, got 0x1008",
+        ),
+        ({"tensor_or_ptr": 0}, "tensor_or_ptr"),
+        ({"dtype": "f16"}, "dtype: expected one of u8, bf16, f32, got 'f16'"),
+        ({"rows": 0}, "rows: expected 1 to .*, got 0"),
+        ({"cols": 0}, "cols: expected 1 to .*, got 0"),
+        ({"row_stride_bytes": 264}, "row_stride_bytes: .* got 264"),
+        ({"row_stride_bytes": 128}, "row_stride_bytes: .* from 256 .* got 128"),
+        ({"box_rows": 257}, "box_rows: expected 1 to 256, got 257"),
+        ({"box_cols": 0}, "box_cols: expected 1 to 256, got 0"),
+        ({"swizzle": 64}, "swizzle: expected 0 or 128, got 64"),
+        ({"box_cols": 24}, "box_cols: .* multiple of 16 bytes .*got 24 u8 = 24 bytes"),
+        ({"box_cols": 144}, "box_cols: .* up to 128, got 144"),
+        (
+            {"dtype": "bf16", "row_stride_bytes": 512, "box_cols": 128},
+            "box_cols: .* got 128 bf16 = 256 bytes",
+        ),
+    ],
+)
+def test_what_tma_cannot_do_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        launch.tensor_map(**{**GOOD_MAP, **change})
+
+
+def test_descriptor_is_encoded_once_per_argument_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cuda.bindings import driver as real
+
+    calls: list[tuple] = []
+
+    def encode_tiled(*args: Any) -> tuple:
+        calls.append(args)
+        return real.CUresult.CUDA_SUCCESS, real.CUtensorMap()
+
+    names = (
+        "CUtensorMapDataType",
+        "CUtensorMapSwizzle",
+        "CUtensorMapInterleave",
+        "CUtensorMapL2promotion",
+        "CUtensorMapFloatOOBfill",
+        "cuuint64_t",
+        "cuuint32_t",
+    )
+    fake = SimpleNamespace(
+        cuTensorMapEncodeTiled=encode_tiled, **{name: getattr(real, name) for name in names}
+    )
+    monkeypatch.setattr(launch, "driver", lambda: fake)
+    launch._tensor_map.cache_clear()
+    first = launch.tensor_map(**GOOD_MAP)
+    assert len(first.data) == 128 and launch.tensor_map(**GOOD_MAP) is first
+    launch.tensor_map(**{**GOOD_MAP, "rows": 6})
+    launch._tensor_map.cache_clear()
+    assert len(calls) == 2
+    dtype, rank, pointer, dims, strides, box, elements, _, swizzle, _, _ = calls[0]
+    assert (dtype.name, rank, pointer) == ("CU_TENSOR_MAP_DATA_TYPE_UINT8", 2, 0x1000)
+    assert [int(d) for d in dims] == [256, 5] and [int(s) for s in strides] == [256]
+    assert [int(b) for b in box] == [128, 64] and [int(e) for e in elements] == [1, 1]
+    assert swizzle.name == "CU_TENSOR_MAP_SWIZZLE_128B"
+
+
+# ---------------------------------------------------------------------------------------------- GPU
+
+KERNELS = """
+struct alignas(128) Map { char bytes[128]; };
+extern "C" __global__ void mixed(float* y, const float* absent, int a, float b, long long c,
+                                 const __grid_constant__ Map map, int d) {
+  if (threadIdx.x == 0 && blockIdx.x == 0) {
+    y[0] = a; y[1] = b; y[2] = (float)c; y[3] = absent == nullptr; y[4] = map.bytes[127]; y[5] = d;
+  }
+}
+extern "C" __global__ void big_smem(int* y) {
+  extern __shared__ int s[];
+  for (int i = threadIdx.x; i < 50000; i += blockDim.x) s[i] = i;
+  __syncthreads();
+  for (int i = threadIdx.x; i < 50000; i += blockDim.x) y[i] = s[49999 - i];
+}
+extern "C" __global__ void cluster_rank(int* y) {
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  if (threadIdx.x == 0) y[blockIdx.x] = (int)rank;
+}
+extern "C" __global__ void add_one(int* y) { y[threadIdx.x] += 1; }
+extern "C" __global__ void report(int* status) {
+  status[1] = 3; status[2] = 10; status[3] = 20;
+  __threadfence_system();
+  status[0] = 1;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    path = tmp_path_factory.mktemp("kernels") / "launch.cuh"
+    path.write_text(KERNELS)
+    yield lambda entry: jit.load(jit.KernelSpec(str(path), entry))
+
+
+@pytest.mark.gpu
+def test_all_kinds_of_arguments_arrive(kernels: Any) -> None:
+    y = torch.zeros(6, device="cuda")
+    kernels("mixed")((2, 1, 1), 32, [y, None, -7, 0.5, ctypes.c_int64(2**40), MAP, 9])
+    assert y.tolist() == [-7.0, 0.5, 2.0**40, 1.0, 127.0, 9.0]
+
+
+@pytest.mark.gpu
+def test_wrong_arguments_are_refused_before_the_launch(kernels: Any) -> None:
+    y = torch.zeros(6, device="cuda")
+    with pytest.raises(TypeError, match="mixed: expected arguments of .* bytes"):
+        kernels("mixed")(1, 32, [y, None])
+    with pytest.raises(TypeError, match="add_one: expected arguments of"):
+        kernels("add_one")(1, 32, [1])
+    with pytest.raises(ValueError, match="argument 2: expected a value that fits"):
+        kernels("mixed")(1, 32, [y, None, 2**31, 0.5, ctypes.c_int64(0), MAP, 9])
+    assert y.count_nonzero() == 0
+
+
+@pytest.mark.gpu
+def test_more_than_48_kib_of_shared_memory(kernels: Any) -> None:
+    y = torch.empty(50000, dtype=torch.int32, device="cuda")
+    kernels("big_smem")(1, 256, [y], smem=200_000)
+    assert torch.equal(y, torch.arange(49999, -1, -1, dtype=torch.int32, device="cuda"))
+
+
+@pytest.mark.gpu
+def test_too_much_shared_memory_names_the_kernel(kernels: Any) -> None:
+    y = torch.empty(50000, dtype=torch.int32, device="cuda")
+    with pytest.raises(launch.DriverError, match="big_smem: 300000 bytes of shared memory"):
+        kernels("big_smem")(1, 256, [y], smem=300_000)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cluster", [1, 2, 4])
+def test_cluster(kernels: Any, cluster: int) -> None:
+    y = torch.empty(8, dtype=torch.int32, device="cuda")
+    kernels("cluster_rank")(8, 32, [y], cluster=cluster)
+    assert y.tolist() == [i % cluster for i in range(8)]
+
+
+@pytest.mark.gpu
+def test_empty_grid_launches_nothing(kernels: Any) -> None:
+    y = torch.zeros(32, dtype=torch.int32, device="cuda")
+    kernels("add_one")(0, 32, [y])
+    kernels("add_one")((4, 0), 32, [y])
+    assert y.count_nonzero() == 0
+
+
+@pytest.mark.gpu
+def test_streams_threads_and_graphs(kernels: Any) -> None:
+    y = torch.zeros(32, dtype=torch.int32, device="cuda")
+    kernel = kernels("add_one")
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        kernel(1, 32, [y])
+    stream.synchronize()
+    thread = threading.Thread(target=kernel, args=(1, 32, [y]))
+    thread.start()
+    thread.join()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernel(1, 32, [y])
+    graph.replay()
+    graph.replay()
+    assert y.tolist() == [4] * 32
+
+
+@pytest.mark.gpu
+def test_device_side_error_reaches_the_host_without_a_sync(kernels: Any) -> None:
+    from fp8moe.kernels import status
+
+    device = torch.device("cuda")
+    status.check(device)
+    kernels("report")(1, 1, [ctypes.c_void_p(status.pointer(device))])
+    with pytest.raises(ValueError, match=r"group_ends\[3\] = 10 after 20"):
+        status.check_errors()
+    status.check_errors()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_launch_costs_little_host_time(kernels: Any) -> None:
+    y = torch.zeros(6, device="cuda")
+    kernel, args = kernels("mixed"), [y, None, -7, 0.5, ctypes.c_int64(1), MAP, 9]
+    times_us = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(100):
+            kernel(1, 32, args)
+        times_us.append((time.perf_counter() - start) * 1e4)
+    assert min(times_us) < 20.0, f"{min(times_us):.1f} us per launch"

@@ -1,0 +1,133 @@
+"""SwiGLU and its backward pass against FP64 autograd; the casts behind them bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp8moe import quant, testing
+from fp8moe.kernels import reference
+
+TOKENS, TOPK, EXPERTS = 90, 2, 3
+
+
+def inputs(width: int) -> tuple[torch.Tensor, ...]:
+    """h (Rcap, 2I), da (Rcap, I), topk_weights, slot_of_row; NaN in every row without a slot."""
+    ids, weights = testing.random_topk(TOKENS, TOPK, EXPERTS, seed=0, dropped=0.1)
+    _, slot_of_row, _, _ = reference.route(ids, EXPERTS)
+    rows = len(slot_of_row)
+    h, da = torch.randn(rows, 2 * width).bfloat16(), torch.randn(rows, width).bfloat16()
+    h[:, ::7] *= 20
+    for t in (h, da):
+        t[slot_of_row < 0] = torch.nan
+    return h, da, weights, slot_of_row
+
+
+def exact(h, da, weights, slot_of_row):
+    """aw, dh and dprob of the rows with a slot, FP64 autograd."""
+    live = slot_of_row >= 0
+    x = h[live].double().requires_grad_()
+    p = weights.double().flatten()[slot_of_row[live].long()].requires_grad_()
+    g, u = x.chunk(2, dim=1)
+    aw = p[:, None] * torch.nn.functional.silu(g) * u
+    dh, dprob = torch.autograd.grad(aw, (x, p), da[live].double())
+    return live, aw.detach(), dh, dprob
+
+
+def close(out: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Each element within the rounding to bf16, 2**-8, and a little for cancellation in FP32."""
+    return torch.allclose(out.double(), expected, rtol=4e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("width", [128, 200])
+def test_values_and_gradients(width: int) -> None:
+    h, da, weights, slot_of_row = inputs(width)
+    live, aw, dh, dprob = exact(h, da, weights, slot_of_row)
+    got = reference.swiglu_rows(h, weights, slot_of_row)
+    assert got.dtype == torch.bfloat16 and not got[~live].any()
+    assert close(got[live], aw)
+
+    got_dh, got_aw, partial = reference.swiglu_backward_rows(h, da, weights, slot_of_row)
+    assert torch.equal(got_aw, got)
+    assert got_dh.dtype == torch.bfloat16 and not got_dh[~live].any()
+    assert partial.shape == (-(-width // 128), len(h)) and not partial[:, ~live].any()
+    assert close(got_dh[live], dh)
+    assert torch.allclose(partial.double().sum(0)[live], dprob, rtol=1e-4, atol=1e-3)
+
+    # Negative controls: gate and up exchanged, and a routing weight that is off.
+    swapped = torch.cat([h[:, width:], h[:, :width]], dim=1)
+    assert not close(reference.swiglu_rows(swapped, weights, slot_of_row)[live], aw)
+    assert not close(reference.swiglu_rows(h, weights * 1.005, slot_of_row)[live], aw)
+
+
+@pytest.mark.parametrize("gate", [-1e4, -100.0, -88.5, 0.0, 88.5, 1e4])
+def test_saturated_gates_stay_finite(gate: float) -> None:
+    h = torch.tensor([[gate, 3.0]]).bfloat16()
+    da, weights, slot = torch.ones(1, 1).bfloat16(), torch.ones(1, 1), torch.zeros(1).int()
+    aw = reference.swiglu_rows(h, weights, slot)
+    dh, _, partial = reference.swiglu_backward_rows(h, da, weights, slot)
+    x = h.double().requires_grad_()
+    expected = torch.nn.functional.silu(x[:, :1]) * x[:, 1:]
+    expected.sum().backward()
+    assert torch.allclose(aw.double(), expected, rtol=4e-3, atol=1e-30)
+    assert x.grad is not None
+    assert torch.allclose(dh.double(), x.grad, rtol=4e-3, atol=1e-30)
+    assert torch.allclose(partial.double(), expected, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.parametrize("width", [128, 384])
+def test_casts_are_the_casts_of_the_rows(width: int, pow2: bool) -> None:
+    h, da, weights, slot_of_row = inputs(width)
+    used = int((slot_of_row != -2).sum())
+    ends = torch.tensor([used], dtype=torch.int32)
+    dh, aw, partial = reference.swiglu_backward_rows(h, da, weights, slot_of_row)
+
+    forward = quant.FP8Tensor(*reference.swiglu_cast(h, weights, slot_of_row, pow2))
+    out = reference.swiglu_backward_cast(h, da, weights, slot_of_row, pow2)
+    for got, expected in (
+        (forward, quant.per_token(aw, pow2=pow2)),
+        (out[0:2], quant.per_token(dh, pow2=pow2)),
+    ):
+        assert got[0].shape == expected.data.shape and got[1].stride() == expected.scale.stride()
+        assert torch.equal(got[0].view(torch.uint8)[:used], expected.data.view(torch.uint8)[:used])
+        assert torch.equal(got[1][:used], expected.scale[:used])
+    for got, expected in (
+        (out[2:4], quant.per_channel(dh[:used], ends, pow2=pow2)),
+        (out[4:6], quant.per_channel(aw[:used], ends, pow2=pow2)),
+    ):
+        assert got[0].shape == (expected.data.shape[0], len(h)) and got[1].stride()[0] == 1
+        assert torch.equal(
+            got[0].view(torch.uint8)[:, :used], expected.data.view(torch.uint8)[:, :used]
+        )
+        assert torch.equal(got[1][:, : used // 128], expected.scale[:, : used // 128])
+    assert torch.equal(out[6][:, :used], partial[:, :used])
+
+
+def test_rows_are_independent_of_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fp8moe.kernels.reference import cast
+
+    h, da, weights, slot_of_row = inputs(128)
+    used = int((slot_of_row != -2).sum())
+    whole = reference.swiglu_backward_cast(h, da, weights, slot_of_row, True)
+    monkeypatch.setattr(cast, "CHUNK_ELEMENTS", 1)
+    pieces = reference.swiglu_backward_cast(h, da, weights, slot_of_row, True)
+    for i, (a, b) in enumerate(zip(whole, pieces, strict=True)):
+        if a.element_size() == 1:
+            a, b = a.view(torch.uint8), b.view(torch.uint8)
+        if i < 2:
+            assert torch.equal(a[:used], b[:used])
+        else:
+            columns = used // 128 if i in (3, 5) else used
+            assert torch.equal(a[:, :columns], b[:, :columns])
+
+
+def test_a_non_finite_gradient_stays_visible() -> None:
+    h, da, weights, slot_of_row = inputs(128)
+    row = int((slot_of_row >= 0).nonzero()[3])
+    da[row, 5] = torch.inf
+    out = reference.swiglu_backward_cast(h, da, weights, slot_of_row, True)
+    assert out[1][row].isnan().all()
+    assert out[3][[5, 133], row // 128].isnan().all()
+    assert not out[6][:, row].isfinite().all()
+    assert not out[5][:, row // 128].isnan().any()
