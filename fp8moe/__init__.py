@@ -13,6 +13,7 @@ _EXPORTS = {
     "grouped_linear": "functional",
     "swiglu_experts": "functional",
     "clear_weight_cache": "functional",
+    "observe_fp8": "functional",
     "Router": "modules.router",
     "Experts": "modules.experts",
     "MoE": "modules.moe",

@@ -26,7 +26,7 @@ class FP8Config:
 
     Args:
         fprop, dgrad, wgrad: "fp8" or "bf16", each GEMM for itself. When all three are "fp8" the
-            expert layer takes its fused path (see functional.py).
+            expert layer takes its fused path (see fp8moe.functional).
         pow2_scales: scales of activations and gradients are rounded up to powers of two. Costs
             0.3 dB on Gaussian data and makes the row-to-column conversion that wgrad needs exact
             but for underflow; with False that conversion rounds twice (-2.7 dB).

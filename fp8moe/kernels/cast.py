@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 
 import torch
 
-from fp8moe.kernels import jit, reference, registry, status
+from fp8moe.kernels import jit, launch, reference, registry, status
 from fp8moe.kernels.fp8tensor import (
     BLOCK,
     FP8_DTYPE,
@@ -18,27 +19,53 @@ from fp8moe.kernels.fp8tensor import (
 
 Tensor = torch.Tensor
 Pair = tuple[Tensor, Tensor]
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 INPUTS = {torch.bfloat16: "Bf16", torch.float16: "F16", torch.float32: "F32"}
 """The dtypes that can be cast, and their names in the kernels."""
 
+_SOURCES = {
+    "cast_per_token": "cast.cuh",
+    "cast_per_block": "cast.cuh",
+    "cast_per_block_both": "cast.cuh",
+    "cast_per_channel": "cast_per_channel.cuh",
+}
 _THREADS = 256
 
 
-def _spec(entry: str, dtype: torch.dtype, pow2: bool) -> jit.KernelSpec:
-    return jit.KernelSpec("cast.cuh", entry, (("INPUT", INPUTS[dtype]), ("POW2", int(pow2))))
+def _spec(entry: str, dtype: torch.dtype, pow2: bool, aligned: bool) -> jit.KernelSpec:
+    constants = (("INPUT", INPUTS[dtype]), ("POW2", int(pow2)), ("ALIGNED", int(aligned)))
+    return jit.KernelSpec(_SOURCES[entry], entry, constants)
+
+
+def _transpose_spec(aligned: bool) -> jit.KernelSpec:
+    # Bytes have no input format and no scale of their own: any build of the file will do.
+    constants = (("INPUT", "Bf16"), ("POW2", 1), ("ALIGNED", int(aligned)))
+    return jit.KernelSpec("cast.cuh", "transpose_per_block", constants)
 
 
 @functools.cache
-def _kernel(entry: str, dtype: torch.dtype, pow2: bool):
-    return jit.load(_spec(entry, dtype, pow2))
+def _kernel(entry: str, dtype: torch.dtype, pow2: bool, aligned: bool) -> launch.Kernel:
+    return jit.load(_spec(entry, dtype, pow2, aligned))
+
+
+@functools.cache
+def _transpose_kernel(aligned: bool) -> launch.Kernel:
+    return jit.load(_transpose_spec(aligned))
 
 
 def kernel_specs() -> list[jit.KernelSpec]:
     """Every configuration of the cast kernels that the package can launch."""
-    casts = ("cast_per_token", "cast_per_block", "cast_per_block_both", "cast_per_channel")
-    specs = [_spec(e, dtype, pow2) for dtype in INPUTS for pow2 in (False, True) for e in casts]
-    return [*specs, _spec("transpose_per_block", torch.bfloat16, True)]
+    # Entries outermost: neighbours in the list then differ in source, and a parallel warm-up does
+    # not compile one source twice at the same time.
+    specs = [
+        _spec(entry, dtype, pow2, aligned)
+        for entry in _SOURCES
+        for dtype in INPUTS
+        for pow2 in (True, False)
+        for aligned in (True, False)
+    ]
+    return [*specs, _transpose_spec(True), _transpose_spec(False)]
 
 
 # Outputs, shared by the CUDA and the fake implementations.
@@ -63,70 +90,64 @@ def _per_channel_outputs(x: Tensor, group_ends: Tensor) -> Pair:
     return data, empty_scale(n, capacity // BLOCK, x.device)
 
 
-def _aligned(t: Tensor, multiple: int) -> bool:
-    """Whether rows start on 16-byte boundaries, given the row length that makes it so."""
-    return t.shape[-1] % multiple == 0 and t.data_ptr() % 16 == 0
+def _aligned(t: Tensor, elements: int) -> bool:
+    """Whether every row of `t` is a whole number of vectors of `elements` and starts on one."""
+    return t.shape[-1] % elements == 0 and t.data_ptr() % 16 == 0
 
 
-# CUDA implementations. A non-contiguous input is copied first.
+# CUDA implementations, for contiguous inputs.
 
 
 def _cast_per_token_cuda(x: Tensor, pow2: bool) -> Pair:
-    x = x.contiguous()
     data, scale = _per_token_outputs(x)
     m, k = x.shape
     if x.numel():
         grid = ceil_div(m, 64) * ceil_div(k, 256)
-        args = (x, data, scale, m, k, scale_ld(m), int(_aligned(x, 8)))
-        _kernel("cast_per_token", x.dtype, pow2)(grid, _THREADS, args)
+        kernel = _kernel("cast_per_token", x.dtype, pow2, _aligned(x, 8))
+        kernel(grid, _THREADS, (x, data, scale, m, k, scale_ld(m)))
     return data, scale
 
 
 def _cast_per_block_cuda(w: Tensor, pow2: bool) -> Pair:
-    w = w.contiguous()
     e, n, k = w.shape
     data, scale = _per_block_outputs(e, n, k, w.device)
     if w.numel():
-        args = (w, data, scale, n, k, int(_aligned(w, 8)))
-        _kernel("cast_per_block", w.dtype, pow2)(scale.numel(), _THREADS, args)
+        kernel = _kernel("cast_per_block", w.dtype, pow2, _aligned(w, 8))
+        kernel(scale.numel(), _THREADS, (w, data, scale, n, k))
     return data, scale
 
 
-def _cast_per_block_both_cuda(w: Tensor, pow2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    w = w.contiguous()
+def _cast_per_block_both_cuda(w: Tensor, pow2: bool) -> Four:
     e, n, k = w.shape
     data, scale = _per_block_outputs(e, n, k, w.device)
     data_t, scale_t = _per_block_outputs(e, k, n, w.device)
     if w.numel():
-        flags = (int(_aligned(w, 8)), int(_aligned(data_t, 16)))
-        args = (w, data, scale, data_t, scale_t, n, k, *flags)
-        _kernel("cast_per_block_both", w.dtype, pow2)(scale.numel(), _THREADS, args)
+        aligned = _aligned(w, 8) and _aligned(data_t, 16)
+        kernel = _kernel("cast_per_block_both", w.dtype, pow2, aligned)
+        kernel(scale.numel(), _THREADS, (w, data, scale, data_t, scale_t, n, k))
     return data, scale, data_t, scale_t
 
 
 def _transpose_per_block_cuda(data: Tensor, scale: Tensor) -> Pair:
-    data, scale = data.contiguous(), scale.contiguous()
     e, n, k = data.shape
     data_t, scale_t = _per_block_outputs(e, k, n, data.device)
     if data.numel():
         grid = e * ceil_div(n, BLOCK) * ceil_div(k, 2 * BLOCK)
-        flags = (int(_aligned(data, 16)), int(_aligned(data_t, 16)))
-        args = (data, scale, data_t, scale_t, n, k, *flags)
-        _kernel("transpose_per_block", torch.bfloat16, True)(grid, _THREADS, args)
+        kernel = _transpose_kernel(_aligned(data, 16) and _aligned(data_t, 16))
+        kernel(grid, _THREADS, (data, scale, data_t, scale_t, n, k))
     return data_t, scale_t
 
 
 def _cast_per_channel_cuda(x: Tensor, group_ends: Tensor, pow2: bool) -> Pair:
-    x, group_ends = x.contiguous(), group_ends.contiguous()
     data, scale = _per_channel_outputs(x, group_ends)
     (r, n), e = x.shape, group_ends.shape[0]
     if n:
         capacity = data.shape[1]
         grid = capacity // BLOCK * ceil_div(n, BLOCK)
-        flags = (status.pointer(x.device), r, n, e, capacity, scale_ld(n), int(_aligned(x, 8)))
-        _kernel("cast_per_channel", x.dtype, pow2)(
-            grid, _THREADS, (x, group_ends, data, scale, *flags)
-        )
+        errors = ctypes.c_void_p(status.pointer(x.device))
+        sizes = (r, n, e, capacity, scale_ld(n))
+        kernel = _kernel("cast_per_channel", x.dtype, pow2, _aligned(x, 8))
+        kernel(grid, _THREADS, (x, group_ends, data, scale, errors, *sizes))
     return data, scale
 
 
@@ -142,7 +163,7 @@ def _cast_per_block_fake(w: Tensor, pow2: bool) -> Pair:
     return _per_block_outputs(e, n, k, w.device)
 
 
-def _cast_per_block_both_fake(w: Tensor, pow2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _cast_per_block_both_fake(w: Tensor, pow2: bool) -> Four:
     e, n, k = w.shape
     return *_per_block_outputs(e, n, k, w.device), *_per_block_outputs(e, k, n, w.device)
 
@@ -212,7 +233,7 @@ def cast_per_token(x: Tensor, pow2: bool) -> Pair:
     scale = max |x| of the block / 448, or that rounded up to a power of two.
 
     Args:
-        x: (M, K), bfloat16, float16 or float32, any strides (made contiguous if it is not).
+        x: (M, K), bfloat16, float16 or float32, any strides (copied if not contiguous).
         pow2: round scales up to powers of two.
 
     Returns:
@@ -225,14 +246,14 @@ def cast_per_token(x: Tensor, pow2: bool) -> Pair:
     Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2.
     """
     _check_input("x", x, ("M", "K"))
-    return _cast_per_token_op(x, pow2)
+    return _cast_per_token_op(x.contiguous(), pow2)
 
 
 def cast_per_block(w: Tensor, pow2: bool) -> Pair:
     """data[e, n, k] = e4m3(w[e, n, k] / scale[e, n // 128, k // 128]).
 
     Args:
-        w: (E, N, K), bfloat16, float16 or float32, any strides (made contiguous if it is not).
+        w: (E, N, K), bfloat16, float16 or float32, any strides (copied if not contiguous).
         pow2: round scales up to powers of two.
 
     Returns:
@@ -245,16 +266,16 @@ def cast_per_block(w: Tensor, pow2: bool) -> Pair:
     Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2.
     """
     _check_input("w", w, ("E", "N", "K"))
-    return _cast_per_block_op(w, pow2)
+    return _cast_per_block_op(w.contiguous(), pow2)
 
 
-def cast_per_block_both(w: Tensor, pow2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def cast_per_block_both(w: Tensor, pow2: bool) -> Four:
     """data, scale = cast_per_block(w); data_t[e, k, n] = data[e, n, k], scale_t likewise.
 
     Reads w once. A 128 x 128 scale transposes with its block, so both copies hold the same values.
 
     Args:
-        w: (E, N, K), bfloat16, float16 or float32, any strides (made contiguous if it is not).
+        w: (E, N, K), bfloat16, float16 or float32, any strides (copied if not contiguous).
         pow2: round scales up to powers of two.
 
     Returns:
@@ -266,7 +287,7 @@ def cast_per_block_both(w: Tensor, pow2: bool) -> tuple[Tensor, Tensor, Tensor, 
     Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2.
     """
     _check_input("w", w, ("E", "N", "K"))
-    return _cast_per_block_both_op(w, pow2)
+    return _cast_per_block_both_op(w.contiguous(), pow2)
 
 
 def transpose_per_block(data: Tensor, scale: Tensor) -> Pair:
@@ -296,7 +317,7 @@ def transpose_per_block(data: Tensor, scale: Tensor) -> Pair:
             f"scale: expected {expected} for data {tuple(data.shape)}, got {tuple(scale.shape)}"
         )
     _check_device("scale", scale, "data", data.device)
-    return _transpose_per_block_op(data, scale)
+    return _transpose_per_block_op(data.contiguous(), scale.contiguous())
 
 
 def cast_per_channel(x: Tensor, group_ends: Tensor, pow2: bool) -> Pair:
@@ -307,7 +328,7 @@ def cast_per_channel(x: Tensor, group_ends: Tensor, pow2: bool) -> Pair:
     padded to such a multiple with zeros. Rows past group_ends[-1] are ignored.
 
     Args:
-        x: (R, N), bfloat16, float16 or float32, any strides (made contiguous if it is not).
+        x: (R, N), bfloat16, float16 or float32, any strides (copied if not contiguous).
         group_ends: (E,) int32 on the device of x, cumulative; groups may be empty. Read on the
             device: an end that decreases or exceeds R is raised by a later operator (on a CPU, at
             once).
@@ -328,4 +349,4 @@ def cast_per_channel(x: Tensor, group_ends: Tensor, pow2: bool) -> Pair:
         raise ValueError(f"group_ends: expected torch.int32, got {group_ends.dtype}")
     _check_dims("group_ends", group_ends, ("E",))
     _check_device("group_ends", group_ends, "x", x.device)
-    return _cast_per_channel_op(x, group_ends, pow2)
+    return _cast_per_channel_op(x.contiguous(), group_ends.contiguous(), pow2)

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from fp8moe.kernels import jit, reference, registry
+from fp8moe.kernels import jit, launch, reference, registry
 from fp8moe.kernels.arguments import check_aligned, check_multiple, check_tensor
 from fp8moe.kernels.fp8tensor import ceil_div
 
@@ -17,14 +17,22 @@ SUM_ROWS = (1, 2, 4, 8)
 SLOTS_THREADS = 256
 
 
-@functools.cache
 def _gather_sum_spec(rows: int) -> jit.KernelSpec:
     return jit.KernelSpec("gather.cuh", "gather_sum", (("ROWS", rows),))
 
 
-@functools.cache
 def _gather_slots_spec() -> jit.KernelSpec:
     return jit.KernelSpec("gather.cuh", "gather_slots", (("ROWS", 1),))
+
+
+@functools.cache
+def _gather_sum_kernel(rows: int) -> launch.Kernel:
+    return jit.load(_gather_sum_spec(rows))
+
+
+@functools.cache
+def _gather_slots_kernel() -> launch.Kernel:
+    return jit.load(_gather_slots_spec())
 
 
 def kernel_specs() -> list[jit.KernelSpec]:
@@ -43,7 +51,7 @@ def _gather_sum_cuda(rows: torch.Tensor, row_of_slot: torch.Tensor) -> torch.Ten
     # Each warp sums one token over a run of 16-byte column chunks.
     chunks_per_warp = 32 * min(4, SUM_ROWS[-1] // batch)
     runs = ceil_div(columns // 8, chunks_per_warp)
-    jit.load(_gather_sum_spec(batch))(
+    _gather_sum_kernel(batch)(
         (ceil_div(tokens, SUM_WARPS), runs),
         SUM_WARPS * 32,
         (rows, row_of_slot, tokens, topk, columns, out),
@@ -61,7 +69,7 @@ def _gather_slots_cuda(partials: torch.Tensor, row_of_slot: torch.Tensor) -> tor
     if slots == 0:
         return out
     count, capacity = partials.shape
-    jit.load(_gather_slots_spec())(
+    _gather_slots_kernel()(
         ceil_div(slots, SLOTS_THREADS),
         SLOTS_THREADS,
         (partials, row_of_slot, slots, count, capacity, out),

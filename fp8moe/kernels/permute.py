@@ -12,7 +12,7 @@ import functools
 
 import torch
 
-from fp8moe.kernels import gather, jit, reference, registry, routing
+from fp8moe.kernels import gather, jit, launch, reference, registry, routing
 from fp8moe.kernels.arguments import (
     check_aligned,
     check_multiple,
@@ -77,7 +77,6 @@ def divisor(value: int) -> tuple[ctypes.c_uint32, int]:
     return ctypes.c_uint32(ceil_div(1 << (32 + shift), value)), shift
 
 
-@functools.cache
 def _permute_spec(strip_bytes: int, with_scale: bool) -> jit.KernelSpec:
     return jit.KernelSpec(
         "permute.cuh",
@@ -87,12 +86,21 @@ def _permute_spec(strip_bytes: int, with_scale: bool) -> jit.KernelSpec:
 
 
 @functools.cache
+def _permute_kernel(strip_bytes: int, with_scale: bool) -> launch.Kernel:
+    return jit.load(_permute_spec(strip_bytes, with_scale))
+
+
 def _to_channel_spec(pow2: bool, with_rows: bool) -> jit.KernelSpec:
     return jit.KernelSpec(
         "transpose.cuh",
         "permute_to_channel",
         (("POW2", int(pow2)), ("WITH_ROWS", int(with_rows))),
     )
+
+
+@functools.cache
+def _to_channel_kernel(pow2: bool, with_rows: bool) -> launch.Kernel:
+    return jit.load(_to_channel_spec(pow2, with_rows))
 
 
 def kernel_specs() -> list[jit.KernelSpec]:
@@ -118,7 +126,7 @@ def _launch_permute(
     fits = len(source) * STRIP_BYTES[0] <= L2_STRIP_BYTES
     strip = STRIP_BYTES[0] if fits else STRIP_BYTES[1]
     check_aligned(source=source, slot_of_row=slot_of_row)
-    kernel = jit.load(_permute_spec(strip, scale is not None))
+    kernel = _permute_kernel(strip, scale is not None)
     multiplier, shift = divisor(topk)
     kernel(
         (rows // (STRIP_TILE_BYTES // strip), ceil_div(row_bytes, strip)),
@@ -180,7 +188,7 @@ def _launch_to_channel(
     if columns == 0:
         return
     check_aligned(data=data, slot_of_row=slot_of_row)
-    kernel = jit.load(_to_channel_spec(pow2, rows_out is not None))
+    kernel = _to_channel_kernel(pow2, rows_out is not None)
     multiplier, shift = divisor(topk)
     data_t, scale_t = channel_out
     kernel(

@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from fp8moe.kernels import jit, reference, registry, status
+from fp8moe.kernels import jit, launch, reference, registry, status
 from fp8moe.kernels.arguments import check_tensor
 from fp8moe.kernels.fp8tensor import ceil_div, padded_capacity
 
@@ -21,9 +21,13 @@ SLOTS_PER_CTA = 2048
 MAX_CTAS = 128
 
 
-@functools.cache
 def _spec(entry: str, id_bits: int) -> jit.KernelSpec:
     return jit.KernelSpec("route.cuh", entry, (("ID_BITS", id_bits),))
+
+
+@functools.cache
+def _kernel(entry: str, id_bits: int) -> launch.Kernel:
+    return jit.load(_spec(entry, id_bits))
 
 
 def kernel_specs() -> list[jit.KernelSpec]:
@@ -48,10 +52,10 @@ def _route_cuda(topk_ids: torch.Tensor, num_experts: int) -> Four:
 
     bits = 64 if topk_ids.dtype == torch.int64 else 32
     threads = WARPS * 32
-    jit.load(_spec("route_count", bits))(
+    _kernel("route_count", bits)(
         ctas, threads, (topk_ids, slots, num_experts, slots_per_warp, partial, first_bad)
     )
-    jit.load(_spec("route_place", bits))(
+    _kernel("route_place", bits)(
         ctas,
         threads,
         (

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from fp8moe.kernels import jit, reference, registry
+from fp8moe.kernels import jit, launch, reference, registry
 from fp8moe.kernels.arguments import (
     check_aligned,
     check_multiple,
@@ -29,6 +29,9 @@ Backward = tuple[
 FORWARD_THREADS = 256
 FORWARD_ROWS = 64
 BACKWARD_THREADS = 512
+BACKWARD_PANEL = 8
+"""Row blocks whose column blocks are interleaved in the grid."""
+
 BACKWARD_SMEM = 3 * BLOCK * BLOCK * 2
 """g, u and da of a 128 x 128 tile in bfloat16; dg, du and aw replace them."""
 
@@ -42,14 +45,22 @@ def _check(
     check_tensor("topk_weights", topk_weights, (None, None), (torch.float32,), h.device)
 
 
-@functools.cache
 def _forward_spec(pow2: bool) -> jit.KernelSpec:
     return jit.KernelSpec("swiglu.cuh", "swiglu_cast", (("POW2", int(pow2)),))
 
 
-@functools.cache
 def _backward_spec(pow2: bool) -> jit.KernelSpec:
     return jit.KernelSpec("swiglu_backward.cuh", "swiglu_backward_cast", (("POW2", int(pow2)),))
+
+
+@functools.cache
+def _forward_kernel(pow2: bool) -> launch.Kernel:
+    return jit.load(_forward_spec(pow2))
+
+
+@functools.cache
+def _backward_kernel(pow2: bool) -> launch.Kernel:
+    return jit.load(_backward_spec(pow2))
 
 
 def kernel_specs() -> list[jit.KernelSpec]:
@@ -76,7 +87,7 @@ def _launch_forward(
     if columns == 0:
         return data, scale
     check_aligned(h=h, slot_of_row=slot_of_row)
-    jit.load(_forward_spec(pow2))(
+    _forward_kernel(pow2)(
         (columns // BLOCK, capacity // FORWARD_ROWS),
         FORWARD_THREADS,
         (h, topk_weights, slot_of_row, columns, data, scale, scale.stride(1), aw_rounded),
@@ -120,8 +131,8 @@ def _launch_backward(
     if columns == 0:
         return out
     check_aligned(h=h, da=da, slot_of_row=slot_of_row)
-    jit.load(_backward_spec(pow2))(
-        (columns // BLOCK) * (capacity // BLOCK),
+    _backward_kernel(pow2)(
+        (BACKWARD_PANEL, columns // BLOCK, ceil_div(capacity // BLOCK, BACKWARD_PANEL)),
         BACKWARD_THREADS,
         (
             h,

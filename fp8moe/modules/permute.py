@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fp8moe.unfused import GatherSum, Permutation, PermuteRows
+from fp8moe.functional.unfused import GatherSum, Permutation, PermuteRows
 
 __all__ = ["Permutation", "permutation", "permute", "unpermute"]
 
@@ -46,7 +46,8 @@ def permute(x_TH: torch.Tensor, p: Permutation) -> torch.Tensor:
 def unpermute(y_RH: torch.Tensor, p: Permutation) -> torch.Tensor:
     """y_TH[t] = sum_k y_RH[row_of_slot[t, k]], in FP32 in the order of k, rounded once.
 
-    A plain sum: routing weights belong into the rows (see functional.py). A dropped slot adds zero.
+    A plain sum: routing weights belong into the rows (see fp8moe.functional). A dropped slot adds
+    zero.
 
     Args:
         y_RH: (Rcap, H) BF16, H a multiple of 8; only rows that hold a slot are read.

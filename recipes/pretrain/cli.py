@@ -151,8 +151,9 @@ def _print_start(
         f"model     {config.parameters / 1e6:.1f} M parameters, "
         f"{config.active_parameters / 1e6:.1f} M per token; {config.layers} layers, "
         f"{config.experts} experts, top {config.top_k}\n"
-        f"step      {config.tokens_per_step:,} tokens, {config.flops_per_step / 1e9:,.0f} GFLOP, "
-        f"of which experts {config.expert_flops_per_step / 1e9:,.0f}; {config.steps:,} steps"
+        f"step      {config.tokens_per_step:,} tokens, {config.flops_per_step / 1e9:,.1f} GFLOP, "
+        f"of which experts {config.expert_flops_per_step / 1e9:,.1f}; {config.steps:,} steps",
+        soft_wrap=True,
     )
 
 

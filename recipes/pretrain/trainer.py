@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -56,9 +57,11 @@ class Trainer:
         """
         config = self.config
         saved_at = self.step
+        # In a log file, where no line can be overwritten, a line every now and then is enough.
+        interval = 0.5 if sys.stderr.isatty() else 20.0
         with tqdm(
             total=config.steps, initial=self.step, desc="training", unit="step", smoothing=0.05,
-            dynamic_ncols=True,
+            dynamic_ncols=True, mininterval=interval, maxinterval=2 * interval,
         ) as bar:  # fmt: skip
             while self.step < config.steps and stop.signal is None:
                 self._one_step()
@@ -91,7 +94,7 @@ class Trainer:
             if "tokens_per_s" in latest:
                 shown[f"{twin.name} tok/s"] = f"{latest['tokens_per_s']:,.0f}"
         metrics.flush()
-        bar.set_postfix(shown)
+        bar.set_postfix(shown, refresh=False)
 
     def _validate(self, metrics: Metrics) -> None:
         for twin in self.twins:

@@ -14,7 +14,7 @@ __device__ __forceinline__ void transpose_bytes_4x4(u32& w0, u32& w1, u32& w2, u
   w3 = __byte_perm(c, d, 0x7632);
 }
 
-// 8 rows of 8 bytes (rows[r][0] holds columns 0-3) -> columns: rows[k] becomes the 8 bytes of column k.
+// 8 rows of 8 bytes (rows[r][0] holds columns 0-3): rows[k] becomes the 8 bytes of column k.
 __device__ __forceinline__ void transpose_bytes_8x8(u32 (&rows)[8][2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -34,8 +34,10 @@ __device__ __forceinline__ void transpose_bytes_8x8(u32 (&rows)[8][2]) {
 // Column j is 128 bytes; its 16 chunks of 8 rows are permuted by xor with `c`, the number of the
 // thread that wrote the column (columns 8c..8c+7, or 16c..16c+15), 0 <= c < 16.
 
-// Where the thread of column group c puts the 8 bytes of rows 8g..8g+7 of column j.
-__device__ __forceinline__ int staged_chunk(int j, int c, int g) { return j * 128 + 8 * (g ^ c); }
+// Puts the 8 bytes of rows 8g..8g+7 of column j; c is the thread's column group.
+__device__ __forceinline__ void stage(u8* tile, int j, int c, int g, const u32 (&bytes)[2]) {
+  *reinterpret_cast<uint2*>(tile + j * 128 + 8 * (g ^ c)) = make_uint2(bytes[0], bytes[1]);
+}
 
 // Rows 16m..16m+15 of column j, in order.
 __device__ __forceinline__ uint4 read_staged(const u8* tile, int j, int c, int m) {
@@ -63,8 +65,10 @@ template <int kColumns, bool kWhole>
 __device__ __forceinline__ void store_staged(const u8* tile, u8* out, i64 ld, int rows,
                                              int columns) {
   constexpr int kGroup = kColumns / 16;   // columns that one thread staged
-#pragma unroll
-  for (int i = 0; i < kColumns * 8 / kThreads; ++i) {
+  constexpr int kUnits = kColumns * 8 / kThreads;
+  constexpr int kUnroll = kWhole ? kUnits : 1;   // stores of single bytes: rather small than fast
+#pragma unroll kUnroll
+  for (int i = 0; i < kUnits; ++i) {
     int unit = i * kThreads + threadIdx.x;
     int j = unit >> 3, m = unit & 7;
     uint4 v = read_staged(tile, j, j / kGroup, m);

@@ -118,8 +118,7 @@ template <bool kBoth> __device__ __forceinline__ void cast_block(const PerBlockA
   if (kBoth) {
     transpose_bytes_8x8(q);
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      *reinterpret_cast<uint2*>(tile + staged_chunk(8 * c + i, c, g)) = make_uint2(q[i][0], q[i][1]);
+    for (int i = 0; i < 8; ++i) stage(tile, 8 * c + i, c, g, q[i]);
     __syncthreads();
     store_staged<kBlock, kAligned>(tile, a.data_t + origin + (i64)k0 * a.n + n0, a.n, a.n - n0,
                                    a.k - k0);
@@ -200,9 +199,7 @@ transpose_per_block(const u8* data, const float* scale, u8* data_t, float* scale
     }
     transpose_bytes_8x8(q);
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      *reinterpret_cast<uint2*>(tile + staged_chunk(16 * c + 8 * h + i, c, g)) =
-          make_uint2(q[i][0], q[i][1]);
+    for (int i = 0; i < 8; ++i) stage(tile, 16 * c + 8 * h + i, c, g, q[i]);
   }
   __syncthreads();
   store_staged<2 * kBlock, kAligned>(tile, data_t + origin + (i64)k0 * n + n0, n, n - n0, k - k0);

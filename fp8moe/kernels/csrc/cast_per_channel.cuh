@@ -1,5 +1,5 @@
-// The cast with one scale per 128x1 block of a group, and the transpose that wgrad needs with it. See
-// rows.cuh for what it is built for.
+// The cast with one scale per 128x1 block of a group, and the transpose that wgrad needs with it.
+// See rows.cuh for what it is built for.
 //
 // A CTA casts 128 padded rows x 128 columns. It finds its rows on the device, from group_ends; CTAs
 // past the last group leave at once.
@@ -8,8 +8,7 @@
 
 // data[n, c] = e4m3(x[r, n] / scale[n, c / 128]): column c of the padded layout is row r of x, each
 // group starting at a multiple of 128; pad columns are zero. scale[(c / 128) * scale_ld + n].
-
-extern "C" __global__ void __launch_bounds__(kThreads, ctas_per_sm(3, 2))
+extern "C" __global__ void __launch_bounds__(kThreads, ctas_per_sm(4, 2))
 cast_per_channel(const Raw* x, const int* group_ends, u8* data, float* scale, int* status, int rows,
                  int columns, int num_groups, int capacity, int scale_ld) {
   __shared__ alignas(16) Raw warp_amax[kThreads / 32][kBlock];
@@ -62,16 +61,12 @@ cast_per_channel(const Raw* x, const int* group_ends, u8* data, float* scale, in
   }
   __syncthreads();
 
-  float inv[8];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) inv[i] = column_inv[8 * c + i];
-  u32 q[8][2];
-#pragma unroll
-  for (int r = 0; r < 8; ++r) cast8(v[r], inv, q[r]);
-  transpose_bytes_8x8(q);
-#pragma unroll
-  for (int i = 0; i < 8; ++i)
-    *reinterpret_cast<uint2*>(tile + staged_chunk(8 * c + i, c, g)) = make_uint2(q[i][0], q[i][1]);
+  for (int k = 0; k < 8; ++k) {
+    u32 q[2];
+    cast_column8(v, k, column_inv[8 * c + k], q);
+    stage(tile, 8 * c + k, c, g, q);
+  }
   __syncthreads();
   // The padded layout has whole blocks of rows, so columns of the output are always aligned.
   store_staged<kBlock, true>(tile, data + (i64)column0 * capacity + (i64)block * kBlock, capacity,

@@ -72,10 +72,6 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         if (++stage == STAGES) stage = 0, phase ^= 1;
     };
 
-    const auto wait_empty = [&] {
-        CLUSTER == 1 ? mbarrier_wait(empty(stage), phase ^ 1) : mbarrier_wait_cluster(empty(stage), phase ^ 1);
-    };
-
     if (warp >= 8) {
         release_registers<40>();
         if (warp == 8 && lane == 0) {
@@ -83,7 +79,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                 const Tile t = scheduler.tile(item);
 #pragma unroll 1  // the producers have 40 registers
                 for (int kb = t.k_block; kb < t.k_block + t.num_k_blocks; ++kb, advance()) {
-                    wait_empty();
+                    mbarrier_wait(empty(stage), phase ^ 1);
                     mbarrier_arrive_expect_tx(full(stage), STAGE_BYTES);
                     const u32 a = base + stage * STAGE_BYTES, b = a + A_BYTES;
                     // A multicast operand is loaded half by each CTA of the pair, for both.
@@ -105,7 +101,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                 const int n_blocks = ceil_div(n, 128);
 #pragma unroll 1  // the producers have 40 registers
                 for (int kb = t.k_block; kb < t.k_block + t.num_k_blocks; ++kb, advance()) {
-                    wait_empty();
+                    mbarrier_wait(empty(stage), phase ^ 1);
                     const u32 sa = base + SCALES_AT + stage * SCALE_STAGE * 4, sb = sa + BLOCK_M * 4;
 #pragma unroll
                     for (int i = lane; i < BLOCK_M; i += 32)

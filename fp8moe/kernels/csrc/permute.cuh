@@ -29,11 +29,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   int first = threadIdx.x / kLanes;
   int column = strip + (threadIdx.x % kLanes) * 16;
   bool inside = column < row_bytes;
-  if (tile_unused(slot_of_row, row0)) return;
 
   int slot[kPasses];
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) slot[i] = __ldg(slot_of_row + row0 + first + kRowsPerPass * i);
+  if (slot[0] == kUnused) return;
 
   uint4 v[kPasses];
 #pragma unroll

@@ -1,9 +1,8 @@
-// Eight rows of eight elements: what a thread of a cast kernel holds, how it loads, casts and stores
-// them.
+// Eight rows of eight elements: what a thread of a cast kernel loads, casts and stores.
 //
-// Built for INPUT = Bf16 | F16 | F32, POW2 = 0 | 1 and ALIGNED = 0 | 1. Sizes are arbitrary. ALIGNED
-// says that rows, of the input and of every output, hold whole vectors and start on vector
-// boundaries; otherwise elements are moved one by one.
+// Built for INPUT = Bf16 | F16 | F32, POW2 = 0 | 1, ALIGNED = 0 | 1. Sizes are arbitrary. ALIGNED says
+// that rows, of the input and of every output, hold whole vectors and start on vector boundaries;
+// otherwise elements are moved one by one.
 #pragma once
 #include "byte_transpose.cuh"
 
@@ -92,19 +91,20 @@ __device__ __forceinline__ float element(const Vec8& v, int i) {
   return f16_to_float(i & 1 ? word >> 16 : word);
 }
 
-// q = e4m3(v * inv), one multiplier for all eight, or one each.
+// q = e4m3(v * inv).
 __device__ __forceinline__ void cast8(const Vec8& v, float inv, u32 (&q)[2]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h)
     q[h] = pack_e4m3x4(element(v, 4 * h) * inv, element(v, 4 * h + 1) * inv,
                        element(v, 4 * h + 2) * inv, element(v, 4 * h + 3) * inv);
 }
-__device__ __forceinline__ void cast8(const Vec8& v, const float (&inv)[8], u32 (&q)[2]) {
+
+// The same down column k of eight rows: packing four rows into a word is the transpose.
+__device__ __forceinline__ void cast_column8(const Vec8 (&v)[8], int k, float inv, u32 (&q)[2]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h)
-    q[h] = pack_e4m3x4(element(v, 4 * h) * inv[4 * h], element(v, 4 * h + 1) * inv[4 * h + 1],
-                       element(v, 4 * h + 2) * inv[4 * h + 2],
-                       element(v, 4 * h + 3) * inv[4 * h + 3]);
+    q[h] = pack_e4m3x4(element(v[4 * h], k) * inv, element(v[4 * h + 1], k) * inv,
+                       element(v[4 * h + 2], k) * inv, element(v[4 * h + 3], k) * inv);
 }
 
 // The first `count` of the bytes. When aligned, count is <= 0 or all.

@@ -21,27 +21,26 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3)
   if (slots.x == kUnused) return;
 
   uint4 g[4], u[4];
-  float p[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const u16* source = h + (i64)(row0 + i) * (2 * (i64)columns) + column;
     g[i] = load_stream_16(source);
     u[i] = load_stream_16(source + columns);
   }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) p[i] = weight_of(topk_weights, element_of(slots, i));
+  float weights = load_weight(topk_weights, slot_of_row, row0 & ~7);
 
   u32 aw[4][4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    bool pad = element_of(slots, i) < 0;   // its h is garbage, which times 0 may be NaN
+    float p = weight_of_row(weights, i);
+    bool pad = element_of(slots, i) < 0;   // its h is garbage, and garbage times 0 may be NaN
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       u32 gj = word_of(g[i], j), uj = word_of(u[i], j);
       float low = bf16_low(gj), high = bf16_high(gj);
-      u32 packed = pack_bf16(p[i] * (low * sigmoid(low) * bf16_low(uj)),
-                             p[i] * (high * sigmoid(high) * bf16_high(uj)));
-      aw[i][j] = pad ? 0u : packed;
+      u32 pair = pack_bf16(p * (low * sigmoid(low) * bf16_low(uj)),
+                           p * (high * sigmoid(high) * bf16_high(uj)));
+      aw[i][j] = pad ? 0u : pair;
     }
   }
   u32 max01 = amax_bf16x8(aw[0]) | amax_bf16x8(aw[1]) << 16;

@@ -14,7 +14,6 @@ static constexpr bool kPow2 = POW2;
 static constexpr int kThreads = 512;
 static constexpr int kWarps = kThreads / 32;
 static constexpr int kMatrixBytes = kTileRows * kTilePitch;
-static constexpr int kPanel = 8;   // row blocks whose column blocks are interleaved in the grid
 
 enum Matrix { kGate = 0, kUp = 1, kDown = 2 };   // g, u, da; then dg, du, aw
 
@@ -23,18 +22,6 @@ struct RowResults {
   float up_scale[kTileRows];
   float dprob[kTileRows];
 };
-
-// Tiles are walked in panels of kPanel row blocks, row block fastest: rows of h are read, and columns
-// of the transposed outputs written, in neighbouring segments at nearly the same time.
-__device__ __forceinline__ void tile_position(int index, int row_blocks, int column_blocks,
-                                              int& row_block, int& column_block) {
-  int per_panel = kPanel * column_blocks;
-  int panel = index / per_panel;
-  int inside = index - panel * per_panel;
-  int height = min(kPanel, row_blocks - panel * kPanel);
-  column_block = inside / height;
-  row_block = panel * kPanel + inside - column_block * height;
-}
 
 // Pairs of columns: dg, du and aw as packed bf16, and da * a summed into dprob.
 __device__ __forceinline__ void backward_pair(u32 g, u32 u, u32 da, float p, u32& dg, u32& du,
@@ -50,7 +37,7 @@ __device__ __forceinline__ void backward_pair(u32 g, u32 u, u32 da, float p, u32
     float a = silu * ui;
     float weighted = p * di;
     dprob += di * a;
-    value[0][i] = weighted * ui * s * (1.0f + gi * (1.0f - s));
+    value[0][i] = weighted * ui * (silu * (1.0f - s) + s);   // s * (1 + g * (1 - s))
     value[1][i] = weighted * silu;
     value[2][i] = p * a;
   }
@@ -77,8 +64,7 @@ __device__ __forceinline__ void cast_columns(u8* tile, int matrix, int chunk, u8
   u32 amax[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j)
-    amax[j] = max_u16x2(max_u16x2(abs_bits_16x2(w[0][j]), abs_bits_16x2(w[1][j])),
-                        max_u16x2(abs_bits_16x2(w[2][j]), abs_bits_16x2(w[3][j])));
+    amax[j] = amax_bf16x2(w[0][j], w[1][j], w[2][j], w[3][j]);
   u32 pair = reduce_columns(amax, MaxU16x2());   // lanes 8p .. 8p + 7: columns 2p and 2p + 1
   BlockScale s = block_scale<kPow2>(lane & 4 ? pair & 0xFFFF0000u : pair << 16);
   if ((lane & 3) == 0) {
@@ -108,6 +94,10 @@ __device__ __forceinline__ void cast_columns(u8* tile, int matrix, int chunk, u8
 // dh_scale[(column / 128) * dh_scale_ld + row]; dh_t [2 * columns, capacity] with
 // dh_t_scale[(row / 128) * dh_t_scale_ld + column]; aw_t likewise; dprob_partial [columns / 128,
 // capacity]. dh_rounded and aw_rounded, if not null, receive dh and aw before the casts.
+//
+// The grid walks panels of gridDim.x row blocks (z), in a panel the column blocks (y), row block (x)
+// fastest: rows of h are read, and columns of the transposed outputs written, in neighbouring
+// segments at nearly the same time.
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
     swiglu_backward_cast(const u16* __restrict__ h, const u16* __restrict__ da,
                          const float* __restrict__ topk_weights,
@@ -121,30 +111,32 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   __shared__ RowResults results;
   __shared__ alignas(16) float inverses[kWarps][8];
   int column_blocks = columns / 128;
-  int row_block, column_block;
-  tile_position(blockIdx.x, capacity / kTileRows, column_blocks, row_block, column_block);
+  int column_block = blockIdx.y;
+  int row_block = blockIdx.z * gridDim.x + blockIdx.x;
   int row0 = row_block * kTileRows;
-  if (tile_unused(slot_of_row, row0)) return;
+  if (row0 >= capacity) return;
 
-  // Four consecutive rows, eight columns.
+  // Four consecutive rows, eight columns. The h and da of a padding row are garbage, and garbage
+  // times 0 may be NaN: they are read as zeros, from which all results are zero.
   int chunk = threadIdx.x & 15;
   int first = (threadIdx.x >> 4) * 4;
   int column = column_block * 128 + chunk * 8;
   int4 slots = __ldg(reinterpret_cast<const int4*>(slot_of_row + row0 + first));
+  if (slots.x == kUnused) return;
+  float weights = load_weight(topk_weights, slot_of_row, row0 + (first & ~7));
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     i64 row = row0 + first + i;
     const u16* gate = h + row * (2 * (i64)columns) + column;
-    copy_async_16(chunk_at(tile, kGate, first + i, chunk), gate, false);
-    copy_async_16(chunk_at(tile, kUp, first + i, chunk), gate + columns, false);
-    copy_async_16(chunk_at(tile, kDown, first + i, chunk), da + row * columns + column, false);
+    bool pad = element_of(slots, i) < 0;
+    copy_async_16(chunk_at(tile, kGate, first + i, chunk), gate, pad);
+    copy_async_16(chunk_at(tile, kUp, first + i, chunk), gate + columns, pad);
+    copy_async_16(chunk_at(tile, kDown, first + i, chunk), da + row * columns + column, pad);
     copy_async_commit();
   }
-
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    int slot = element_of(slots, i);
-    float p = weight_of(topk_weights, slot);
+    float weight = weight_of_row(weights, i);
     if (i == 0) copy_async_wait<3>();
     if (i == 1) copy_async_wait<2>();
     if (i == 2) copy_async_wait<1>();
@@ -157,12 +149,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
     float dprob = 0.0f;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      backward_pair(word_of(g, j), word_of(u, j), word_of(d, j), p, dg[j], du[j], aw[j], dprob);
-    if (slot < 0) {   // h and da of a padding row are garbage
-      dprob = 0.0f;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) dg[j] = du[j] = aw[j] = 0;
-    }
+      backward_pair(word_of(g, j), word_of(u, j), word_of(d, j), weight, dg[j], du[j], aw[j], dprob);
     *chunk_at(tile, kGate, local, chunk) = make_uint4(dg[0], dg[1], dg[2], dg[3]);
     *chunk_at(tile, kUp, local, chunk) = make_uint4(du[0], du[1], du[2], du[3]);
     *chunk_at(tile, kDown, local, chunk) = make_uint4(aw[0], aw[1], aw[2], aw[3]);

@@ -9,16 +9,11 @@
 #include "numerics.cuh"
 
 static constexpr int kPad = -1;      // slot of a padding row inside a group
-static constexpr int kUnused = -2;   // slot of a row past the last group
+static constexpr int kUnused = -2;   // of a row past the last group: whole blocks of 128 rows
 static constexpr int kTileRows = 128;
 static constexpr int kTilePitch = 256;   // bytes of a row of the tile
 static constexpr u32 kFullWarp = 0xFFFFFFFFu;
 static constexpr float kPadScale = 0x1p-56f;   // of a padding row: finite and a power of two
-
-// Every group begins at a multiple of 128 rows, so the first row speaks for its whole block.
-__device__ __forceinline__ bool tile_unused(const int* slot_of_row, int row0) {
-  return __ldg(slot_of_row + row0) == kUnused;
-}
 
 __device__ __forceinline__ int element_of(int4 v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;

@@ -65,9 +65,9 @@ def swiglu_backward_rows(
     partial = pad_to_blocks(grad * a, 1).view(rows, ceil_div(i, BLOCK), BLOCK).sum(2)
     grad = grad * p
     dh = torch.empty(h.shape, dtype=torch.bfloat16, device=h.device)
-    torch.mul(grad, silu, out=dh[:, i:])
+    dh[:, i:] = grad * silu
     slope = (1 - s).mul_(g).add_(1)
-    torch.mul(grad.mul_(u).mul_(s), slope, out=dh[:, :i])
+    dh[:, :i] = grad.mul_(u).mul_(s).mul_(slope)
     aw = a.mul_(p).bfloat16()
     _zero_padding(slot_of_row, dh, aw, partial)
     return dh, aw, partial.t()

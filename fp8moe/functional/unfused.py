@@ -1,6 +1,6 @@
 """The expert layer's pieces as separate differentiable functions, on the padded layout.
 
-The fused path in functional.py does not use them; a layer with a GEMM in BF16, or with sizes that
+The fused path in experts.py does not use them; a layer with a GEMM in BF16, or with sizes that
 are not multiples of 128, is composed of them.
 
 Padded layout: slot t * K + k is token t's k-th choice; every expert's rows start at a multiple of
@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fp8moe.config import FP8Config
+from fp8moe.functional.observe import report
 from fp8moe.kernels import reference
 from fp8moe.kernels.cast import cast_per_token
 from fp8moe.kernels.fp8tensor import BLOCK, FP8Tensor
 from fp8moe.kernels.permute import gather_slots, gather_sum, permute_rows, route
-from fp8moe.observe import report
 
 
 class Permutation(NamedTuple):

@@ -1,12 +1,12 @@
-"""Checks of what users pass to functional.py, before anything runs or is written."""
+"""Checks of what users pass to this package's functions, before anything runs or is written."""
 
 from __future__ import annotations
 
 import torch
 
 from fp8moe.config import FP8Config
+from fp8moe.functional.main_grad import check_main_grad
 from fp8moe.kernels.arguments import check_multiple, check_tensor
-from fp8moe.main_grad import check_main_grad
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 IDS = (torch.int32, torch.int64)

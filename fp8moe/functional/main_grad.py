@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from fp8moe import bf16
+from fp8moe.functional import bf16
 from fp8moe.kernels.arguments import check_tensor
 from fp8moe.kernels.fp8tensor import FP8Tensor
 from fp8moe.kernels.gemm import k_grouped_gemm

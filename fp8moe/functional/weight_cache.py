@@ -145,6 +145,21 @@ def fp8_weight(
     return row, transpose
 
 
+def hold(w: torch.Tensor, copy: FP8Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What forward saves of a weight for backward: its FP8 copy, or w itself to be cast again."""
+    return (w, None) if copy is None else (copy.data, copy.scale)
+
+
+def held(
+    data: torch.Tensor, scale: torch.Tensor | None, *, pow2: bool, transposed: bool
+) -> FP8Tensor:
+    """The FP8 weight, or its transpose, of what `hold` returned."""
+    if scale is not None:
+        return FP8Tensor(data, scale)
+    row, transpose = fp8_weight(data, pow2=pow2, transposed=transposed, cache=False)
+    return row if transpose is None else transpose
+
+
 def bf16_weight(w: torch.Tensor, *, cache: bool) -> torch.Tensor:
     """w in BF16: itself if it is BF16 already, else a copy that is cached like the FP8 ones."""
     global _hits, _misses
@@ -174,6 +189,6 @@ def clear_weight_cache() -> None:
 
 def weight_cache_info() -> WeightCacheInfo:
     """Hits and misses since the process started, and what the cache holds now."""
-    held = [t for entry in _entries.values() for t in entry.tensors()]
-    size = sum(t.numel() * t.element_size() for t in held)
+    copies = [t for entry in _entries.values() for t in entry.tensors()]
+    size = sum(t.numel() * t.element_size() for t in copies)
     return WeightCacheInfo(_hits, _misses, len(_entries), size)

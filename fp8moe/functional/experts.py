@@ -1,0 +1,238 @@
+"""swiglu_experts: the whole expert layer, fused around FP8 GEMMs or composed of its pieces.
+
+The mathematics and the dataflow are in the package's docstring.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from fp8moe.config import FP8Config
+from fp8moe.functional.arguments import check_swiglu_experts
+from fp8moe.functional.autocast import autocast_off, result_dtype
+from fp8moe.functional.linear import GroupedLinear
+from fp8moe.functional.main_grad import fp8_wgrad, owner
+from fp8moe.functional.observe import report
+from fp8moe.functional.unfused import (
+    GatherSum,
+    NoRows,
+    Permutation,
+    PermuteRows,
+    WeightedSwiglu,
+    compress,
+    expand,
+)
+from fp8moe.functional.weight_cache import fp8_weight, held, hold
+from fp8moe.kernels.cast import cast_per_token
+from fp8moe.kernels.fp8tensor import BLOCK, FP8Tensor
+from fp8moe.kernels.gemm import m_grouped_gemm_nt
+from fp8moe.kernels.permute import (
+    gather_slots,
+    gather_sum,
+    permute_fp8,
+    permute_fp8_both,
+    permute_fp8_to_channel,
+)
+from fp8moe.kernels.swiglu import swiglu_backward_cast, swiglu_cast
+
+Tensor = torch.Tensor
+
+_FP8 = FP8Config()
+
+
+class SwigluExperts(torch.autograd.Function):
+    """The fused path: all GEMMs in FP8, H and I multiples of 128.
+
+    forward's last two arguments are the dtype of the result and whether gradients are enabled:
+    under no_grad nothing is prepared for backward, though the weights say requires_grad.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        w13: Tensor,
+        w2: Tensor,
+        config: FP8Config,
+        dtype: torch.dtype,
+        grad: bool,
+    ) -> Tensor:
+        need_x, _, need_p, need_w13, need_w2 = (grad and n for n in ctx.needs_input_grad[:5])
+        pow2, pow2_w, cache = config.pow2_scales, config.pow2_weight_scales, config.cache_weights
+        need_da = need_x or need_p or need_w13
+        w13_8, w13_t = fp8_weight(w13, pow2=pow2_w, transposed=need_x and cache, cache=cache)
+        w2_8, w2_t = fp8_weight(w2, pow2=pow2_w, transposed=need_da and cache, cache=cache)
+
+        p = Permutation.of(topk_ids, w13.shape[0])
+        x8 = FP8Tensor(*cast_per_token(x, pow2))
+        xp8 = FP8Tensor(*permute_fp8(*x8, p.slot_of_row, topk_ids.shape[1]))
+        h = m_grouped_gemm_nt(xp8, w13_8, p.group_ends)
+        del xp8
+        a8 = FP8Tensor(*swiglu_cast(h, topk_weights, p.slot_of_row, pow2))
+        y = gather_sum(m_grouped_gemm_nt(a8, w2_8, p.group_ends), p.row_of_slot)
+        report("x", x8)
+        report("w13", w13_8)
+        report("act", a8, p.row_of_slot)
+        report("w2", w2_8)
+
+        if need_da or need_w2:
+            none = (None, None)
+            recompute = config.save == "recompute"
+            saved_h: Any = (h, None)
+            if config.save == "fp8":
+                saved_h = compress(h, p.row_of_slot, config)
+            ctx.save_for_backward(
+                *(x8 if need_w13 or recompute else none),
+                *(none if recompute else saved_h),
+                topk_weights,
+                *p[:3],
+                *(hold(w13, w13_t) if need_x else none),
+                *(hold(w2, w2_t) if need_da else none),
+                *(hold(w13, w13_8 if cache else None) if recompute else none),
+            )
+            ctx.config, ctx.x_dtype = config, x.dtype
+            ctx.w13, ctx.w2 = owner(w13), owner(w2)
+            ctx.w13_dtype, ctx.w2_dtype = w13.dtype, w2.dtype
+        return y.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        with autocast_off(dy.device):
+            return _swiglu_experts_backward(ctx, dy.contiguous())
+
+
+def _swiglu_experts_backward(ctx: Any, dy: Tensor) -> Any:
+    x_data, x_scale, h, h_scale, weights, row_of_slot, slot_of_row, ends, *held_w = (
+        ctx.saved_tensors
+    )
+    config: FP8Config = ctx.config
+    need_x, _, need_p, need_w13, need_w2 = ctx.needs_input_grad[:5]
+    pow2, pow2_w, topk = config.pow2_scales, config.pow2_weight_scales, row_of_slot.shape[1]
+    x8 = FP8Tensor(x_data, x_scale)
+
+    if config.save == "recompute":
+        w13_8 = held(*held_w[4:], pow2=pow2_w, transposed=False)
+        xp8 = FP8Tensor(*permute_fp8(*x8, slot_of_row, topk))
+        h = m_grouped_gemm_nt(xp8, w13_8, ends)
+        del xp8
+    elif h_scale is not None:
+        h = expand(FP8Tensor(h, h_scale), config)
+
+    # dy once per token, then its rows for dgrad and its columns for wgrad, each only if asked for.
+    dy8 = FP8Tensor(*cast_per_token(dy, pow2))
+    report("dy", dy8)
+    need_da = need_x or need_p or need_w13
+    if need_da and need_w2:
+        *dyp8, dy_data_t, dy_scale_t = permute_fp8_both(*dy8, slot_of_row, topk, pow2)
+        dy_t = FP8Tensor(dy_data_t, dy_scale_t)
+    elif need_da:
+        dyp8 = list(permute_fp8(*dy8, slot_of_row, topk))
+    else:
+        dy_t = FP8Tensor(*permute_fp8_to_channel(*dy8, slot_of_row, topk, pow2))
+    if need_da:
+        w2_t = held(*held_w[2:4], pow2=pow2_w, transposed=True)
+        da = m_grouped_gemm_nt(FP8Tensor(*dyp8), w2_t, ends)
+        del dyp8
+    else:
+        # Only dw2 is asked for: the pass below makes (p a)^T, which does not depend on da.
+        da = torch.zeros((h.shape[0], h.shape[1] // 2), dtype=torch.bfloat16, device=h.device)
+    *dh8, dh_data_t, dh_scale_t, a_data_t, a_scale_t, dprob = swiglu_backward_cast(
+        h, da, weights, slot_of_row, pow2
+    )
+    del h, da
+    dh = FP8Tensor(*dh8)
+    if need_da:
+        report("dh", dh, row_of_slot)
+
+    dx = dp = dw13 = dw2 = None
+    if need_w2:
+        dw2 = fp8_wgrad(dy_t, FP8Tensor(a_data_t, a_scale_t), ends, ctx.w2, ctx.w2_dtype)
+        del dy_t
+    if need_x:
+        w13_t = held(*held_w[:2], pow2=pow2_w, transposed=True)
+        dx = gather_sum(m_grouped_gemm_nt(dh, w13_t, ends), row_of_slot).to(ctx.x_dtype)
+    if need_w13:
+        x_t = FP8Tensor(*permute_fp8_to_channel(*x8, slot_of_row, topk, pow2))
+        dh_t = FP8Tensor(dh_data_t, dh_scale_t)
+        dw13 = fp8_wgrad(dh_t, x_t, ends, ctx.w13, ctx.w13_dtype)
+    if need_p:
+        dp = gather_slots(dprob, row_of_slot)
+    return dx, None, dp, dw13, dw2, None, None, None
+
+
+def swiglu_experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    *,
+    config: FP8Config = _FP8,
+) -> Tensor:
+    """y[t] = sum_k p[t, k] (silu(g) * u) w2[e]^T, [g | u] = x[t] w13[e]^T, e = topk_ids[t, k].
+
+    Differentiable in x, topk_weights (p), w13 and w2, once; a gradient that is not asked for costs
+    no GEMM.
+
+    Args:
+        x: (T, H) BF16, FP16 or FP32.
+        topk_ids: (T, K) int32 or int64, 0 to E; E itself drops the slot.
+        topk_weights: (T, K), used in FP32.
+        w13: (E, 2I, H) contiguous, BF16, FP16 or FP32: gate rows, then up rows.
+        w2: (E, H, I) likewise. For FP8, H and I are multiples of 16; multiples of 128 are fast.
+        config: the precision of each GEMM, the scales, and what is saved.
+
+    Returns: (T, H), the dtype of x or, under autocast, autocast's.
+
+    Raises: ValueError naming the argument, what was expected and what came. On the GPU a wrong id
+        is found on the device, treated as dropped, and raised by a later operator or
+        `fp8moe.check_errors`.
+
+    Source: the module's docstring.
+    """
+    x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
+    check_swiglu_experts(x, topk_ids, topk_weights, w13, w2, config)
+    dtype, grad = result_dtype(x), torch.is_grad_enabled()
+    if x.shape[0] == 0:
+        return NoRows.apply(tuple(x.shape), dtype, x, topk_weights, w13, w2)
+    topk_weights = topk_weights.float()
+    with autocast_off(x.device):
+        if config.all_fp8 and x.shape[1] % BLOCK == 0 and w2.shape[2] % BLOCK == 0:
+            return SwigluExperts.apply(x, topk_ids, topk_weights, w13, w2, config, dtype, grad)
+        y = _unfused_experts(x, topk_ids, topk_weights, w13, w2, config, grad)
+        return y.to(dtype)
+
+
+def _unfused_experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    config: FP8Config,
+    grad: bool,
+) -> Tensor:
+    rows, slots, ends, _ = Permutation.of(topk_ids, w13.shape[0])
+
+    def linear(rows_in: Tensor, w: Tensor, kinds: tuple[str, str, str]) -> Tensor:
+        args = (config, torch.bfloat16, torch.is_grad_enabled(), kinds, rows)
+        return GroupedLinear.apply(rows_in, w, ends, *args)
+
+    def activation(x: Tensor, topk_weights: Tensor) -> Tensor:
+        xp = PermuteRows.apply(x, rows, slots)
+        h = linear(xp, w13, ("x", "w13", "dh"))
+        return WeightedSwiglu.apply(h, topk_weights, rows, slots, config)
+
+    x = x.bfloat16()
+    if config.save == "recompute" and grad:
+        a = checkpoint(activation, x, topk_weights, use_reentrant=False, preserve_rng_state=False)
+    else:
+        a = activation(x, topk_weights)
+    return GatherSum.apply(linear(a, w2, ("act", "w2", "dy")), rows, slots)
