@@ -1,35 +1,70 @@
-"""FP8 training of mixture-of-experts models on Hopper GPUs."""
+"""FP8 training of mixture-of-experts models on Hopper GPUs.
+
+Names are imported when they are first used, so that ``fp8moe --help`` and the like start at once.
+"""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fp8moe import functional, kernels, modules, quant, testing
+    from fp8moe.config import FP8Config
+    from fp8moe.functional import (
+        clear_weight_cache,
+        grouped_linear,
+        observe_fp8,
+        swiglu_experts,
+    )
+    from fp8moe.kernels.fp8tensor import FP8Tensor
+    from fp8moe.kernels.status import check_errors
+    from fp8moe.modules import Experts, MoE, Router
 
 __version__ = "0.1.0"
 
-_EXPORTS = {
-    "FP8Tensor": "kernels.fp8tensor",
-    "FP8Config": "config",
-    "grouped_linear": "functional",
-    "swiglu_experts": "functional",
-    "clear_weight_cache": "functional",
-    "observe_fp8": "functional",
-    "Router": "modules.router",
-    "Experts": "modules.experts",
-    "MoE": "modules.moe",
-    "replace_experts": "modules.convert",
-    "check_errors": "kernels.status",
-}
-_MODULES = ("config", "functional", "kernels", "modules", "quant", "testing")
+__all__ = [
+    "Experts",
+    "FP8Config",
+    "FP8Tensor",
+    "MoE",
+    "Router",
+    "check_errors",
+    "clear_weight_cache",
+    "functional",
+    "grouped_linear",
+    "kernels",
+    "modules",
+    "observe_fp8",
+    "quant",
+    "swiglu_experts",
+    "testing",
+]
 
-__all__ = [*_EXPORTS, *_MODULES]
+_MODULE_OF = {
+    "Experts": "fp8moe.modules",
+    "FP8Config": "fp8moe.config",
+    "FP8Tensor": "fp8moe.kernels.fp8tensor",
+    "MoE": "fp8moe.modules",
+    "Router": "fp8moe.modules",
+    "check_errors": "fp8moe.kernels.status",
+    "clear_weight_cache": "fp8moe.functional",
+    "grouped_linear": "fp8moe.functional",
+    "observe_fp8": "fp8moe.functional",
+    "swiglu_experts": "fp8moe.functional",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name not in _EXPORTS:
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    elif name in __all__:
+        value = importlib.import_module(f"{__name__}.{name}")
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

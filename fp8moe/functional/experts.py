@@ -17,14 +17,13 @@ from fp8moe.functional.autocast import autocast_off, result_dtype
 from fp8moe.functional.linear import GroupedLinear
 from fp8moe.functional.main_grad import fp8_wgrad, owner
 from fp8moe.functional.observe import report
+from fp8moe.functional.saved import compress, expand, restore
 from fp8moe.functional.unfused import (
     GatherSum,
     NoRows,
     Permutation,
     PermuteRows,
     WeightedSwiglu,
-    compress,
-    expand,
 )
 from fp8moe.functional.weight_cache import fp8_weight, held, hold
 from fp8moe.kernels.cast import cast_per_token
@@ -115,7 +114,8 @@ def _swiglu_experts_backward(ctx: Any, dy: Tensor) -> Any:
     config: FP8Config = ctx.config
     need_x, _, need_p, need_w13, need_w2 = ctx.needs_input_grad[:5]
     pow2, pow2_w, topk = config.pow2_scales, config.pow2_weight_scales, row_of_slot.shape[1]
-    x8 = FP8Tensor(x_data, x_scale)
+    if x_data is not None:
+        x8 = restore(x_data, x_scale)
 
     if config.save == "recompute":
         w13_8 = held(*held_w[4:], pow2=pow2_w, transposed=False)
@@ -123,7 +123,7 @@ def _swiglu_experts_backward(ctx: Any, dy: Tensor) -> Any:
         h = m_grouped_gemm_nt(xp8, w13_8, ends)
         del xp8
     elif h_scale is not None:
-        h = expand(FP8Tensor(h, h_scale), config)
+        h = expand(restore(h, h_scale), config)
 
     # dy once per token, then its rows for dgrad and its columns for wgrad, each only if asked for.
     dy8 = FP8Tensor(*cast_per_token(dy, pow2))

@@ -13,6 +13,7 @@ from fp8moe.functional.arguments import check_grouped_linear
 from fp8moe.functional.autocast import autocast_off, result_dtype
 from fp8moe.functional.main_grad import bf16_wgrad, fp8_wgrad, owner
 from fp8moe.functional.observe import report
+from fp8moe.functional.saved import restore
 from fp8moe.functional.unfused import NoRows
 from fp8moe.functional.weight_cache import bf16_weight, fp8_weight, held, hold
 from fp8moe.kernels.cast import cast_per_channel, cast_per_token
@@ -91,8 +92,9 @@ class GroupedLinear(torch.autograd.Function):
                 wb = bf16_weight(w, cache=False)
                 dx = bf16.grouped_dgrad(dy.bfloat16(), wb, group_ends).to(ctx.x_dtype)
             if need_w and config.wgrad == "fp8":
-                x_t = FP8Tensor(x, x_scale)
-                if x_scale is None:
+                if x_scale is not None:
+                    x_t = restore(x, x_scale)
+                else:
                     x_t = FP8Tensor(*cast_per_channel(x, group_ends, config.pow2_scales))
                 dy_t = FP8Tensor(*cast_per_channel(dy, group_ends, config.pow2_scales))
                 dw = fp8_wgrad(dy_t, x_t, group_ends, ctx.w, ctx.w_dtype)

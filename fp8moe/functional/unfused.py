@@ -17,10 +17,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fp8moe.config import FP8Config
-from fp8moe.functional.observe import report
-from fp8moe.kernels import reference
-from fp8moe.kernels.cast import cast_per_token
-from fp8moe.kernels.fp8tensor import BLOCK, FP8Tensor
+from fp8moe.functional.saved import compress, expand, restore
 from fp8moe.kernels.permute import gather_slots, gather_sum, permute_rows, route
 
 
@@ -79,22 +76,6 @@ class GatherSum(torch.autograd.Function):
         return permute_rows(dy.contiguous(), slot_of_row, ctx.topk), None, None
 
 
-def compress(h: torch.Tensor, row_of_slot: torch.Tensor, config: FP8Config) -> FP8Tensor:
-    """h in FP8, to be saved for backward with save="fp8"."""
-    h8 = FP8Tensor(*cast_per_token(h, config.pow2_scales))
-    report("h", h8, row_of_slot)
-    return h8
-
-
-def expand(h8: FP8Tensor, config: FP8Config) -> torch.Tensor:
-    """data * scale in BF16; exact for power-of-two scales, which BF16 holds."""
-    if h8.data.shape[1] % BLOCK:
-        return reference.dequantize_per_token(h8.data, h8.scale).bfloat16()
-    scale = h8.scale.bfloat16() if config.pow2_scales else h8.scale
-    blocks = h8.data.bfloat16().unflatten(1, (-1, BLOCK)) * scale.unsqueeze(-1)
-    return blocks.flatten(1).bfloat16()
-
-
 def _weight_of_row(topk_weights: torch.Tensor, slot_of_row: torch.Tensor) -> torch.Tensor:
     p = topk_weights.reshape(-1).index_select(0, slot_of_row.clamp_min(0))
     return p.masked_fill(slot_of_row < 0, 0.0).unsqueeze(1)
@@ -127,7 +108,7 @@ class WeightedSwiglu(torch.autograd.Function):
     def backward(ctx: Any, da: torch.Tensor) -> Any:
         h, h_scale, topk_weights, row_of_slot, slot_of_row = ctx.saved_tensors
         if h_scale is not None:
-            h = expand(FP8Tensor(h, h_scale), ctx.config)
+            h = expand(restore(h, h_scale), ctx.config)
         need_h, need_p = ctx.needs_input_grad[:2]
         g, u = h.float().chunk(2, dim=1)
         grad = da.float()

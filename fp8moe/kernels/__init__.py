@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_EXPORTS = {
-    "FP8Tensor": "fp8tensor",
-    "gemm_nt": "gemm",
-    "m_grouped_gemm_nt": "gemm",
-    "m_grouped_gemm_nt_masked": "gemm",
-    "k_grouped_gemm": "gemm",
-}
+if TYPE_CHECKING:
+    from fp8moe.kernels.fp8tensor import FP8Tensor
+    from fp8moe.kernels.gemm import (
+        gemm_nt,
+        k_grouped_gemm,
+        m_grouped_gemm_nt,
+        m_grouped_gemm_nt_masked,
+    )
 
-__all__ = list(_EXPORTS)
+__all__ = [
+    "FP8Tensor",
+    "gemm_nt",
+    "k_grouped_gemm",
+    "m_grouped_gemm_nt",
+    "m_grouped_gemm_nt_masked",
+]
 
 
+# On first use: the files of this package import each other, and the compiler and the cache are of
+# use without any operator being registered.
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    module = "fp8tensor" if name == "FP8Tensor" else "gemm"
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     globals()[name] = value
     return value

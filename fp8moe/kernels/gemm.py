@@ -36,6 +36,7 @@ def _specs(grouping: Grouping, output: Output, tile: Tile) -> jit.KernelSpec:
             ("STAGES", tile.stages(block_scales)),
             ("CLUSTER_M", tile.cluster_m),
             ("CLUSTER_N", tile.cluster_n),
+            ("OVERLAP_PROMOTION", int(tile.overlap)),
         ),
     )
 

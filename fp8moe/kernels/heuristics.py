@@ -72,6 +72,7 @@ class Tile:
     block_n: int
     cluster_m: int = 1
     cluster_n: int = 1
+    overlap: bool = False  # two sets of partial sums: promotion overlaps the same warps' wgmma
 
     def _stage_bytes(self, block_scales: bool) -> int:
         scales_b = -(-self.block_n // 128 // 4) * 4 if block_scales else self.block_n
@@ -91,12 +92,18 @@ class Tile:
 
 _WIDE = (Tile(128, 256), Tile(128, 256, 2, 1), Tile(128, 256, 1, 2))
 _SQUARE = (Tile(128, 128), Tile(128, 128, 2, 1), Tile(128, 128, 1, 2))
+_MEDIUM = (
+    *(Tile(128, 192, *c, o) for c in ((1, 1), (2, 1), (1, 2)) for o in (False, True)),
+    *(Tile(128, 128, *c, True) for c in ((1, 1), (2, 1))),
+)
 _SHORT = (Tile(64, 32), Tile(64, 64), Tile(64, 128), Tile(64, 256))
 
 
 def candidates(grouping: Grouping) -> tuple[Tile, ...]:
     """Every tile that is shipped for a grouping."""
-    return _WIDE + _SQUARE if grouping == Grouping.K_GROUPED else _WIDE + _SQUARE + _SHORT
+    if grouping == Grouping.K_GROUPED:
+        return _WIDE + _SQUARE + (Tile(128, 192), Tile(128, 192, 2, 1))
+    return _WIDE + _SQUARE if grouping == Grouping.K_GROUPED else _WIDE + _MEDIUM + _SQUARE + _SHORT
 
 
 def _ceil(a: float, b: int) -> int:
@@ -131,11 +138,12 @@ def estimate(p: Problem, t: Tile, num_sms: int) -> float:
     """Estimated clock cycles of problem ``p`` with tile ``t`` (see the module's table)."""
     block_scales = p.grouping != Grouping.K_GROUPED
     k_blocks = _ceil(p.k / (p.groups if not block_scales else 1), BLOCK_K)
-    wgmma_n = min(128, t.block_n if t.block_m == 128 else t.block_n // 2)
+    group_n = t.block_n if t.block_m == 128 else t.block_n // 2
+    wgmma_n = group_n if group_n <= 128 else group_n // 2
     tensor = t.block_m * t.block_n / 32
     starved = max(1.0, (0.5 + 32 / wgmma_n))
     promotion = tensor * (0.25 if block_scales else 0.5)
-    warpgroup = tensor / 2 + promotion / 2 + 60 * max(1, t.block_n // 128)
+    warpgroup = tensor / 2 + promotion / 2 + 60 * (group_n // wgmma_n)
     loads = BLOCK_K * (t.block_m / t.cluster_n + t.block_n / t.cluster_m) / _L2_BYTES_PER_CLOCK
     latency = _LATENCY / (t.stages(block_scales) - 1)
     # Of two tiles bound by the tensor cores, the one that loads less draws less power.

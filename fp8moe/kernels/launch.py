@@ -229,7 +229,23 @@ def encode(args: Sequence[Any]) -> tuple[list[str], list[Any], int]:
     values: list[Any] = []
     device = -1
     for position, arg in enumerate(args):
-        if isinstance(arg, torch.Tensor):
+        kind = type(arg)  # exact types first: isinstance of a tensor class is a slow Python call
+        if kind is int:
+            codes.append("i")
+            values.append(arg)
+        elif arg is None:
+            codes.append("P")
+            values.append(0)
+        elif kind is TensorMap:
+            codes.append("128s")
+            values.append(arg.data)
+        elif kind is ctypes.c_void_p:
+            codes.append("P")
+            values.append(arg.value or 0)
+        elif kind is float:
+            codes.append("f")
+            values.append(arg)
+        elif kind is torch.Tensor or isinstance(arg, torch.Tensor):
             index = arg.get_device()
             if index < 0 or index != device >= 0:
                 expected = f"cuda:{device}" if device >= 0 else "a CUDA tensor"
@@ -239,21 +255,12 @@ def encode(args: Sequence[Any]) -> tuple[list[str], list[Any], int]:
             device = index
             codes.append("P")
             values.append(arg.data_ptr())
-        elif arg is None:
-            codes.append("P")
-            values.append(0)
-        elif isinstance(arg, int):
+        elif isinstance(arg, int):  # bool, IntEnum
             codes.append("i")
-            values.append(arg)
-        elif isinstance(arg, float):
-            codes.append("f")
-            values.append(arg)
-        elif isinstance(arg, TensorMap):
-            codes.append("128s")
-            values.append(arg.data)
+            values.append(int(arg))
         elif isinstance(arg, ctypes._SimpleCData):
             codes.append(arg._type_)  # type: ignore[attr-defined]
-            values.append(0 if arg.value is None else arg.value)
+            values.append(arg.value)
         else:
             raise TypeError(
                 f"kernel argument {position}: expected a tensor, None, int, float, ctypes scalar "
@@ -267,7 +274,7 @@ def _name_overflow(codes: Sequence[str], values: Sequence[Any], error: Exception
     for position, (code, value) in enumerate(zip(codes, values, strict=True)):
         try:
             struct.pack("@" + code, value)
-        except (struct.error, OverflowError):
+        except struct.error:
             hint = "; pass an address as ctypes.c_void_p" if code == "i" else ""
             return ValueError(
                 f"kernel argument {position}: expected a value that fits the C type {code!r}, "
@@ -386,7 +393,7 @@ class Kernel:
         frame = self._frame(codes)
         try:
             frame.fill(values)
-        except (struct.error, OverflowError) as error:
+        except struct.error as error:
             raise _name_overflow(codes, values, error) from None
         if smem > _DEFAULT_SMEM_BYTES and smem > self._smem.get(device, 0):
             self._allow_smem(smem, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False)
     try:
         return _run(values, overrides, console)
+    except KeyboardInterrupt:
+        print("interrupted: the last checkpoint, if any, is whole", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (UserError, Diverged) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3 if isinstance(error, Diverged) else 2
@@ -93,7 +97,8 @@ def _run(values: dict[str, Any], overrides: dict[str, Any], console: Console) ->
     corpus = load_corpus(config)
     if resume:
         check_same_data(settings, corpus)
-    _prepare(config)
+    make_deterministic()
+    _check_fp8(config)
     trainer = Trainer(config, corpus)
     saved = None
     if resume:
@@ -116,11 +121,16 @@ def _run(values: dict[str, Any], overrides: dict[str, Any], console: Console) ->
         folder.release()
 
 
-def _prepare(config: Config) -> None:
-    """Settings of torch that a run needs, and a first FP8 layer: a machine that lacks something
-    says so here, before the run's folder exists."""
+def make_deterministic() -> None:
+    """Same input, same bits: resuming relies on it. What has no such kernel only warns."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would cost a pass per tensor
+    # Filling every fresh tensor, which the line above turns on too, would cost a pass over it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _check_fp8(config: Config) -> None:
+    """Runs a first FP8 layer: a machine that lacks something says so before the run's folder
+    exists."""
     if "fp8" not in config.twins:
         return
     device = torch.device(config.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,15 +20,18 @@ class StepMeter:
     gets its own figure. On a CPU the memory is that of the whole process.
     """
 
-    def __init__(self, device: torch.device, kept_bytes: int):
+    def __init__(self, device: torch.device):
         self.device = device
-        self.kept_bytes = kept_bytes
         self._spans: list[Any] = []
         self._memory = 0
 
     @contextmanager
-    def step(self, timed: bool = True) -> Iterator[None]:
-        """Measures the block; its duration counts if ``timed``."""
+    def step(self, kept_bytes: int, timed: bool = True) -> Iterator[None]:
+        """Measures the block; its duration counts if ``timed``.
+
+        Args:
+            kept_bytes: what the model holds on the device when the block begins.
+        """
         if self.device.type == "cuda":
             before = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -36,7 +41,7 @@ class StepMeter:
             yield
             end.record()
             added = torch.cuda.max_memory_allocated(self.device) - before
-            self._memory = max(self._memory, self.kept_bytes + added)
+            self._memory = max(self._memory, kept_bytes + added)
             span: Any = (start, end)
         else:
             begin = time.perf_counter()
@@ -71,10 +76,7 @@ def resident_bytes() -> int:
             pages = int(file.read().split()[1])
     except OSError:  # no /proc: the largest it ever was, in KiB on Linux and in bytes on macOS
         import resource
-        import sys
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
-    import os
-
     return pages * os.sysconf("SC_PAGE_SIZE")

@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from fp8moe.config import Save
+
 VOCABULARY = 256  # one token per byte value
 
 
@@ -40,11 +42,11 @@ class Config:
     seq_len: int = _option(256, "tokens in a sequence")
     batch_size: int = _option(8, "sequences in a micro-batch")
     grad_accumulation: int = _option(1, "micro-batches in a step")
-    steps: int = _option(500, "optimizer steps")
+    steps: int = _option(450, "optimizer steps")
 
     lr: float = _option(3e-3, "peak learning rate")
     min_lr: float = _option(0.1, "last learning rate, as a share of the peak")
-    warmup_steps: int = _option(50, "steps of linear warm-up before the cosine")
+    warmup_steps: int = _option(45, "steps of linear warm-up before the cosine")
     weight_decay: float = _option(0.1, "AdamW weight decay of the matrices")
     beta1: float = _option(0.9, "AdamW beta 1")
     beta2: float = _option(0.95, "AdamW beta 2")
@@ -53,7 +55,7 @@ class Config:
     z_loss: float = _option(0.001, "weight of the router's z-loss")
 
     pow2_scales: bool = _option(True, "round FP8 scales up to powers of two")
-    save: str = _option("bf16", "what FP8 experts keep for backward", ("bf16", "fp8", "recompute"))
+    save: Save = _option("bf16", "what FP8 experts keep for backward", ("bf16", "fp8", "recompute"))
 
     log_every: int = _option(5, "steps between two reads of the device's metrics")
     eval_every: int = _option(50, "steps between two validations")

@@ -75,7 +75,8 @@ def _held_out(names: list[str], sizes: list[int], fraction: float) -> set[int]:
 
 
 def _stream(parts: list[bytes]) -> Tensor:
-    joined = bytearray(bytes([FILE_END]).join(parts) + bytes([FILE_END]))
+    joined = bytearray([FILE_END]).join(parts)
+    joined.append(FILE_END)
     return torch.frombuffer(joined, dtype=torch.uint8)
 
 

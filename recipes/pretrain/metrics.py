@@ -9,9 +9,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .config import UserError
+
 FILE = "metrics.jsonl"
 
-# Record kinds. All but SPEED repeat bit for bit when a run is repeated or resumed.
+# Record kinds. All but SPEED and PROFILE repeat bit for bit when a run is repeated, or killed and
+# resumed. A request to stop adds a read of the device's counters, so LOAD and VALUES, which count
+# since the last read, then come in other portions.
 TRAIN = "train"  # step, model, loss, balance_loss, grad_norm, lr
 VALID = "valid"  # step, model, loss
 SPEED = "speed"  # step, model, step_ms, tokens_per_s, memory_bytes
@@ -42,15 +46,16 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / FILE
-        self._file = open(self.path, "ab")  # noqa: SIM115
-        if self._file.tell() < offset:
-            raise ValueError(
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size < offset:
+            raise UserError(
                 f"{self.path}: expected at least {offset} bytes, as recorded by the checkpoint, "
-                f"got {self._file.tell()}"
+                f"got {size}"
             )
+        self._file = open(self.path, "ab")
         self._file.truncate(offset)
         self._file.seek(offset)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
     def write(self, kind: str, **values: Any) -> None:
         line = json.dumps({"kind": kind, **values}, allow_nan=True) + "\n"

@@ -64,6 +64,13 @@ class Block(nn.Module):
             fp8moe.Experts(config.experts, config.d_model, config.d_expert, config=precision),
         )
 
+    def reset_parameters(self, std: float, out_std: float) -> None:
+        """Normal weights; ``out_std`` is for those whose product is added to the residual."""
+        nn.init.normal_(self.attention.qkv.weight, std=std)
+        nn.init.normal_(self.attention.out.weight, std=out_std)
+        self.moe.router.reset_parameters(std)
+        self.moe.experts.reset_parameters(std, out_std)
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         x = x + self.attention(self.attention_norm(x), cos, sin)
         y, router_loss = self.moe(self.moe_norm(x))
@@ -79,29 +86,26 @@ class LanguageModel(nn.Module):
     Shapes: tokens and targets are int64 [B, S], S at most ``config.seq_len``.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: Config, precision: str):
         super().__init__()
         experts = fp8moe.FP8Config.bf16()
         if precision == "fp8":
             experts = fp8moe.FP8Config(pow2_scales=config.pow2_scales, save=config.save)
         self.embedding = nn.Embedding(VOCABULARY, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, experts) for _ in range(config.layers))
+        blocks = [Block(config, experts) for _ in range(config.layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
         cos, sin = rope_tables(config.seq_len, config.d_model // config.heads)
         self.register_buffer("cos", cos.to(self.norm.weight.device), persistent=False)
         self.register_buffer("sin", sin.to(self.norm.weight.device), persistent=False)
-        self._draw_weights(config)
-
-    def _draw_weights(self, config: Config) -> None:
-        """Normal weights of 0.02 at width 1024, more for less; smaller where a block adds to x."""
+        # Weights of 0.02 at width 1024, more for less; smaller where a block adds to the residual.
         std = 0.02 * math.sqrt(1024 / config.d_model)
-        added = std / math.sqrt(2 * config.layers)
         nn.init.normal_(self.embedding.weight, std=std)
-        for block in self.blocks:
-            nn.init.normal_(block.attention.qkv.weight, std=std)
-            nn.init.normal_(block.attention.out.weight, std=added)
-            block.moe.router.reset_parameters(std)
-            block.moe.experts.reset_parameters(std, added)
+        for block in blocks:
+            block.reset_parameters(std, std / math.sqrt(2 * config.layers))
 
     def _hidden(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         x = self.embedding(tokens)
@@ -129,4 +133,5 @@ class LanguageModel(nn.Module):
 
     def expert_load(self) -> Tensor:
         """Tokens of each expert in the last forward, int64 [layers, experts] on the device."""
-        return torch.stack([block.moe.last_load for block in self.blocks])
+        loads = [block.moe.last_load for block in self.blocks if isinstance(block, Block)]
+        return torch.stack([load for load in loads if load is not None])

@@ -32,7 +32,7 @@ class Outcome:
     tokens_per_s: float | None  # median
     step_ms: float | None  # median
     memory_bytes: int | None  # largest
-    expert_share: float | None  # of a step's time
+    expert_share: float | None  # of the time of forward and backward
     skipped: int  # updates left out because a gradient was not finite
 
 
@@ -102,7 +102,7 @@ def print_table(records: Records, config: Config, entropy: float, console: Any) 
     row("tokens/s", [_number(one.tokens_per_s, "{:,.0f}") for one in outcomes])
     row("ms/step", [_number(one.step_ms, "{:,.1f}") for one in outcomes])
     row(_memory_label(config), [_gib(one.memory_bytes) for one in outcomes])
-    row("experts' share of a step", [_number(one.expert_share, "{:.1%}") for one in outcomes])
+    row("experts, of forward + backward", [_number(one.expert_share, "{:.1%}") for one in outcomes])
     row("updates skipped", [str(one.skipped) for one in outcomes])
     console.print(table)
     difference = final_difference(records)
@@ -255,7 +255,7 @@ def _draw_load(figure: Any, axis: Any, records: Records, config: Config) -> None
 
 
 def _draw_values(axis: Any, records: Records) -> None:
-    axis.set_title("FP8 values flushed to zero (–) or at the largest value (···)")
+    axis.set_title("FP8 values flushed to zero (solid) or at 448 (dotted)")
     found = list(of_kind(records, VALUES))
     if not found:
         _nothing(axis, "no FP8 values were observed")
@@ -272,8 +272,8 @@ def _draw_values(axis: Any, records: Records) -> None:
                 color=colormaps["tab10"](i % 10), label=kind if name == "flushed" else None,
             )  # fmt: skip
     axis.set_yscale("symlog", linthresh=1e-3)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 100 * max(1e-2, axis.get_ylim()[1]))  # room for the legend
     axis.set_xlabel("step")
     axis.set_ylabel("% of the values")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+    axis.legend(fontsize="small", loc="upper center", ncols=3)

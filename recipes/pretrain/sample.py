@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import fp8moe
+
 from .config import Config
 from .data import FILE_END, mixed_seed
 from .twin import Twin
@@ -21,30 +23,43 @@ def readable(data: bytes) -> str:
 def write_texts(twin: Twin, config: Config) -> list[tuple[str, str]]:
     """(prompt, continuation) for each of PROMPTS, at most ``config.sample_bytes`` bytes each.
 
-    The same seed for both twins: where their texts part, their probabilities do. A text ends where
-    the model ends its file.
+    The same random numbers for both twins. A text ends where the model ends its file. All texts go
+    through the model together, padded at the end: attention is causal and every token is cast and
+    routed for itself, so what follows a text does not change it.
     """
+    texts = [[FILE_END, *prompt.encode()] for prompt in PROMPTS]
+    generators = [
+        torch.Generator().manual_seed(mixed_seed("sample", config.seed, i))
+        for i in range(len(PROMPTS))
+    ]
+    running = set(range(len(PROMPTS)))
     twin.model.eval()
-    texts = []
-    for i, prompt in enumerate(PROMPTS):
-        generator = torch.Generator().manual_seed(mixed_seed("sample", config.seed, i))
-        texts.append((prompt, _continue(twin, prompt, config, generator)))
-    twin.model.train()
-    return texts
-
-
-def _continue(twin: Twin, prompt: str, config: Config, generator: torch.Generator) -> str:
-    ids = [FILE_END, *prompt.encode()]
-    first = len(ids)
     for _ in range(config.sample_bytes):
-        context = torch.tensor([ids[-config.seq_len :]], device=twin.device)
-        with twin.autocast():
-            logits = twin.model.logits(context)[0, -1]
-        chosen = _draw(logits.float().cpu(), config.temperature, generator)
-        if chosen == FILE_END:
+        logits = _next_logits(twin, [text[-config.seq_len :] for text in texts])
+        for i in sorted(running):
+            chosen = _draw(logits[i], config.temperature, generators[i])
+            if chosen == FILE_END:
+                running.remove(i)
+            else:
+                texts[i].append(chosen)
+        if not running:
             break
-        ids.append(chosen)
-    return readable(bytes(ids[first:]))
+    twin.model.train()
+    fp8moe.clear_weight_cache()
+    return [
+        (prompt, readable(bytes(text[1 + len(prompt) :])))
+        for prompt, text in zip(PROMPTS, texts, strict=True)
+    ]
+
+
+def _next_logits(twin: Twin, contexts: list[list[int]]) -> Tensor:
+    """float32 [len(contexts), 256] on the CPU: scores of the byte after each context."""
+    longest = max(len(context) for context in contexts)
+    padded = [context + [FILE_END] * (longest - len(context)) for context in contexts]
+    with twin.autocast():
+        logits = twin.model.logits(torch.tensor(padded, device=twin.device))
+    last = torch.tensor([len(context) - 1 for context in contexts], device=twin.device)
+    return logits[torch.arange(len(contexts), device=twin.device), last].float().cpu()
 
 
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> int:

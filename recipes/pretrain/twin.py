@@ -42,8 +42,7 @@ class Twin:
         with self.device:
             self.model = LanguageModel(config, name)
         self.optimizer = ClippedAdamW(self.model, config)
-        parameters = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        self.meter = StepMeter(self.device, kept_bytes=3 * parameters)  # weights and two moments
+        self.meter = StepMeter(self.device)
         self._values = ValueCounter()
         self._pending: list[tuple[int, Tensor]] = []
         self._load = torch.zeros(
@@ -59,7 +58,7 @@ class Twin:
         # The same noise for both twins, whichever steps first.
         torch.manual_seed(mixed_seed("step", self.config.seed, step))
         watch = self._values.watch() if observe else contextlib.nullcontext()
-        with self.meter.step(timed=not observe), watch:
+        with self.meter.step(self._kept_bytes(), timed=not observe), watch:
             share = 1 / self.config.grad_accumulation
             total = torch.zeros(2, device=self.device)
             for batch in batches:
@@ -72,6 +71,11 @@ class Twin:
             # All FP8 and BF16 copies of the weights are stale now.
             fp8moe.clear_weight_cache()
         self._pending.append((step, torch.cat([total, norm.reshape(1)])))
+
+    def _kept_bytes(self) -> int:
+        """Memory of the weights and, from the first step on, of the optimizer's moments."""
+        parameters = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return parameters * (3 if self.optimizer.adamw.state else 1)
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> float:

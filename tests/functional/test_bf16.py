@@ -8,7 +8,7 @@ import torch
 from fp8moe import testing
 from fp8moe.functional import bf16
 
-ROWS, N, K, GROUPS = 200, 72, 40, 3
+ROWS, N, K, GROUPS = 200, 200, 136, 3
 
 
 @pytest.fixture

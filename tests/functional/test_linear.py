@@ -96,6 +96,19 @@ def test_saving_x_as_fp8_columns_changes_nothing(inputs, device):
     assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
+def test_saved_columns_may_come_back_with_other_strides(inputs, device):
+    x, w, dy = inputs
+    ends = testing.ragged_group_ends(ROWS, GROUPS, 2, "uniform", device)
+    w = w[:, :, :144].contiguous().requires_grad_()  # 144 columns of x: a scale of odd width
+    x = x[:, :144].contiguous()
+    grads = []
+    for pack in (lambda t: t, lambda t: t.contiguous().clone()):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = grouped_linear(x, w, ends, config=FP8Config(save="fp8"))
+        grads.append(torch.autograd.grad(y, w, dy)[0])
+    assert torch.equal(*grads)
+
+
 def test_saved_bytes(inputs, device):
     """save="fp8" keeps FP8 columns of x and lets go of x."""
     x, w, _ = inputs

@@ -12,7 +12,8 @@ import fp8moe
 PACKAGE = Path(fp8moe.__file__).parent
 FILES = sorted([*(PACKAGE / "functional").rglob("*.py"), *(PACKAGE / "modules").rglob("*.py")])
 SYNCHRONISING = {
-    "item", "tolist", "cpu", "numpy", "nonzero", "synchronize", "bincount", "unique", "masked_select",
+    "item", "tolist", "cpu", "numpy", "nonzero", "synchronize",
+    "bincount", "unique", "masked_select",
 }  # fmt: skip
 
 

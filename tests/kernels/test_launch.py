@@ -65,10 +65,10 @@ def test_no_arguments() -> None:
     assert packed([])[1] == []
 
 
-@pytest.mark.parametrize("value", [2**31, -(2**31) - 1, 0x7F0012345678])
+@pytest.mark.parametrize("value", [2**31, -(2**31) - 1, 0x7F0012345678, 2**100])
 def test_int_out_of_range_names_the_argument(value: int) -> None:
     codes, values, _ = launch.encode([None, value])
-    with pytest.raises((struct.error, OverflowError)) as caught:
+    with pytest.raises(struct.error) as caught:
         launch.ArgumentFrame(codes).fill(values)
     error = launch._name_overflow(codes, values, caught.value)
     assert f"argument 1: expected a value that fits the C type 'i', got {value}" in str(error)
@@ -161,6 +161,123 @@ def test_descriptor_is_encoded_once_per_argument_set(monkeypatch: pytest.MonkeyP
     assert [int(d) for d in dims] == [256, 5] and [int(s) for s in strides] == [256]
     assert [int(b) for b in box] == [128, 64] and [int(e) for e in elements] == [1, 1]
     assert swizzle.name == "CU_TENSOR_MAP_SWIZZLE_128B"
+
+
+# ------------------------------------------------------------------- launches on a pretended driver
+
+
+class PretendedDriver:
+    """The real bindings' types, with functions that record what they are asked to do."""
+
+    def __init__(self, parameter_bytes: list[int]) -> None:
+        from cuda.bindings import driver
+
+        self._real = driver
+        self._parameter_bytes = parameter_bytes
+        self.launches: list[tuple[Any, list[bytes]]] = []
+        self.attributes: list[int] = []
+        self.results: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def cuLibraryLoadData(self, *args: Any) -> tuple:
+        return self.CUresult.CUDA_SUCCESS, "library"
+
+    def cuLibraryGetKernel(self, library: str, name: bytes) -> tuple:
+        return self.CUresult.CUDA_SUCCESS, name.decode()
+
+    def cuKernelGetParamInfo(self, kernel: str, index: int) -> tuple:
+        if index >= len(self._parameter_bytes):
+            return self.CUresult.CUDA_ERROR_INVALID_VALUE, None, None
+        return self.CUresult.CUDA_SUCCESS, 0, self._parameter_bytes[index]
+
+    def cuDeviceGet(self, index: int) -> tuple:
+        return self.CUresult.CUDA_SUCCESS, index
+
+    def cuKernelSetAttribute(self, attribute: Any, value: int, *args: Any) -> tuple:
+        self.attributes.append(value)
+        return (self.CUresult.CUDA_SUCCESS,)
+
+    def cuLaunchKernelEx(self, config: Any, kernel: str, address: int, extra: int) -> tuple:
+        pointers = (ctypes.c_void_p * len(self._parameter_bytes)).from_address(address)
+        sizes = self._parameter_bytes
+        args = [ctypes.string_at(p or 0, n) for p, n in zip(pointers, sizes, strict=True)]
+        self.launches.append((config, args))
+        return (self.results.pop(0) if self.results else self.CUresult.CUDA_SUCCESS,)
+
+    def cuGetErrorString(self, code: Any) -> tuple:
+        return self.CUresult.CUDA_SUCCESS, b"said the driver"
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> PretendedDriver:
+    driver = PretendedDriver([8, 4, 4])
+    monkeypatch.setattr(launch, "driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda i: 0x77, raising=False)
+    return driver
+
+
+ARGS = [ctypes.c_void_p(0x1234), 5, 2.5]
+
+
+def test_launch_configuration_and_arguments(pretended: PretendedDriver) -> None:
+    kernel = launch.Kernel(b"", "k")
+    kernel((3, 2), 128, ARGS, smem=1000, cluster=2)
+    config, args = pretended.launches[0]
+    assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (3, 2, 1)
+    assert (config.blockDimX, config.blockDimY, config.blockDimZ) == (128, 1, 1)
+    assert config.sharedMemBytes == 1000 and int(config.hStream) == 0x77
+    assert config.numAttrs == 1 and config.attrs[0].value.clusterDim.x == 2
+    assert args == [struct.pack("<Q", 0x1234), struct.pack("<i", 5), struct.pack("<f", 2.5)]
+    assert pretended.attributes == []
+
+
+def test_launch_reuses_its_configuration(pretended: PretendedDriver) -> None:
+    kernel = launch.Kernel(b"", "k")
+    for value in (1, 2):
+        kernel(4, 32, [None, value, 0.0])
+    kernel(5, 32, [None, 3, 0.0])
+    configs = [config for config, _ in pretended.launches]
+    assert configs[0] is configs[1] and configs[2] is not configs[0]
+    assert [args[1] for _, args in pretended.launches] == [struct.pack("<i", v) for v in (1, 2, 3)]
+
+
+def test_large_shared_memory_is_allowed_once_per_size(pretended: PretendedDriver) -> None:
+    kernel = launch.Kernel(b"", "k")
+    for smem in (48 * 1024, 100_000, 100_000, 60_000, 200_000):
+        kernel(1, 32, ARGS, smem=smem)
+    assert pretended.attributes == [100_000, 200_000]
+
+
+def test_mismatched_arguments_do_not_launch(pretended: PretendedDriver) -> None:
+    kernel = launch.Kernel(b"", "k")
+    with pytest.raises(
+        TypeError, match=r"k: expected arguments of \[8, 4, 4\] bytes, got \[8, 4\]"
+    ):
+        kernel(1, 32, ARGS[:2])
+    with pytest.raises(ValueError, match=r"argument 1: .* pass an address as ctypes.c_void_p"):
+        kernel(1, 32, [None, 2**40, 0.0])
+    assert pretended.launches == []
+
+
+def test_a_thread_without_a_context_gets_torchs(
+    pretended: PretendedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    pretended.results = [pretended.CUresult.CUDA_ERROR_INVALID_CONTEXT]
+    launch.Kernel(b"", "k")(1, 32, ARGS)
+    assert devices == [0] and len(pretended.launches) == 2
+
+
+def test_a_failed_launch_names_the_kernel_and_the_reason(pretended: PretendedDriver) -> None:
+    pretended.results = [pretended.CUresult.CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES]
+    with pytest.raises(launch.DriverError) as caught:
+        launch.Kernel(b"", "k")(7, 2048, ARGS)
+    for part in ("k: launch with grid 7, block 2048", "OUT_OF_RESOURCES", "said the driver"):
+        assert part in str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------- GPU

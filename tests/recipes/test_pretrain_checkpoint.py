@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from recipes.pretrain import checkpoint, metrics
-from recipes.pretrain.config import Config
+from recipes.pretrain.config import Config, UserError
 from recipes.pretrain.optimizer import ClippedAdamW
 
 
@@ -149,8 +149,9 @@ def test_metrics_are_cut_at_the_offset(tmp_path: Path) -> None:
 
 
 def test_metrics_shorter_than_the_checkpoint_says(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected at least 10 bytes"):
+    with pytest.raises(UserError, match="expected at least 10 bytes, .* got 0"):
         metrics.Metrics(tmp_path, offset=10)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_smooth() -> None:

@@ -16,7 +16,9 @@ template <int REGISTERS>
 DEVICE void store(const float (&sum)[REGISTERS], u32 panel, const char* panel_ptr, void* d, const Problem& p,
                   const Tile& t, int row, int column) {
     constexpr int COLUMNS = REGISTERS * 2;
-    constexpr int WIDTH = COLUMNS * ELEMENT < 128 ? COLUMNS : 128 / ELEMENT;  // columns of a panel
+    constexpr int FULL = 128 / ELEMENT;
+    constexpr int WIDTH = COLUMNS % FULL == 0 ? FULL : COLUMNS % 32 == 0 ? 32 : COLUMNS;  // columns of a panel
+    static_assert(COLUMNS % WIDTH == 0 && WIDTH <= FULL, "panels tile the accumulator");
     constexpr int CHUNKS = WIDTH * ELEMENT / 16;                              // 16-byte chunks of a panel's row
     const int lane = threadIdx.x % 32;
 #pragma unroll

@@ -22,9 +22,13 @@ constexpr int BLOCK_K = 128;  // bytes of a swizzled row, and the extent of a sc
 constexpr int THREADS = 384;
 // The two consumer warpgroups split the tile along M, or along N when it has only 64 rows.
 constexpr int GROUP_N = BLOCK_M == 128 ? BLOCK_N : BLOCK_N / 2;
-// N of one wgmma. A wider tile is computed in halves that share one set of partial sums: two full sets do not fit.
-constexpr int WGMMA_N = GROUP_N < 128 ? GROUP_N : 128;
+// N of one wgmma. A wider tile is computed in halves, so that sums and partial sums fit the 232 registers of a thread.
+constexpr int WGMMA_N = GROUP_N <= 128 ? GROUP_N : GROUP_N / 2;
 constexpr int HALVES = GROUP_N / WGMMA_N;
+// Two sets of partial sums, where they fit, let a warpgroup multiply while it promotes. The compiler serialises wgmma
+// that is in flight across a loop's back edge, so the pipeline is unrolled over UNROLL k-blocks and drained there.
+constexpr bool OVERLAP = OVERLAP_PROMOTION != 0;
+constexpr int UNROLL = 4;
 
 constexpr int A_BYTES = BLOCK_M * BLOCK_K;
 constexpr int B_BYTES = BLOCK_N * BLOCK_K;
@@ -132,36 +136,72 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         for (int item = first_item; item < scheduler.num_items; item += step) {
             const Tile t = scheduler.tile(item);
             float sum[HALVES][WGMMA_N / 2] = {};
-            for (int kb = 0; kb < t.num_k_blocks; ++kb, advance()) {
-                const float* sa = reinterpret_cast<const float*>(smem + SCALES_AT) + stage * SCALE_STAGE;
-                const float* sb = sa + BLOCK_M;
-                const auto release = [&] {
-                    if (CLUSTER == 1) {
-                        if (lane == 0) mbarrier_arrive(empty(stage));
-                    } else if (lane < CLUSTER) {
-                        mbarrier_arrive_remote(empty(stage), lane);
+            const int offset = t.column % 128;
+            const auto release = [&](int stage) {
+                __syncwarp();
+                if (CLUSTER == 1) {
+                    if (lane == 0) mbarrier_arrive(empty(stage));
+                } else if (lane < CLUSTER) {
+                    mbarrier_arrive_remote(empty(stage), lane);
+                }
+            };
+            const auto multiply = [&](float (&part)[WGMMA_N / 2], int stage, int half) {
+                const u32 a = descriptor_a + stage * (STAGE_BYTES >> 4);
+                const u32 b = descriptor_b + stage * (STAGE_BYTES >> 4) + half * (WGMMA_N * BLOCK_K >> 4);
+                wgmma_fence();
+#pragma unroll
+                for (int i = 0; i < BLOCK_K / 32; ++i)
+                    wgmma(part, matrix_descriptor(a + i * 2), matrix_descriptor(b + i * 2), i != 0);
+                wgmma_commit();
+            };
+            const auto scales_at = [&](int stage) {
+                return reinterpret_cast<const float*>(smem + SCALES_AT) + stage * SCALE_STAGE;
+            };
+            const auto load = [&](Scales<WGMMA_N>& scales, int stage, int half) {
+                const float* sa = scales_at(stage);
+                scales.load(sa, sa + BLOCK_M, warp_row + lane / 4, group_column + half * WGMMA_N, offset);
+            };
+
+            int kb = 0;
+            if constexpr (OVERLAP) {
+#pragma unroll 1
+                for (; kb + UNROLL <= t.num_k_blocks; kb += UNROLL) {
+                    constexpr int STEPS = UNROLL * HALVES;
+                    float part[2][WGMMA_N / 2];
+                    Scales<WGMMA_N> scales[2];
+                    int previous = stage;
+#pragma unroll
+                    for (int step = 0; step <= STEPS; ++step) {
+                        if (step < STEPS) {
+                            if (step % HALVES == 0) mbarrier_wait(full(stage), phase);
+                            multiply(part[step % 2], stage, step % HALVES);
+                            load(scales[step % 2], stage, step % HALVES);
+                        }
+                        if (step > 0) {
+                            const int done = step - 1;
+                            step < STEPS ? wgmma_wait<1>() : wgmma_wait<0>();
+                            if (done % HALVES == HALVES - 1) release(previous);
+                            promote(sum[done % HALVES], part[done % 2], scales[done % 2], nullptr, 0);
+                        }
+                        if (step < STEPS && step % HALVES == HALVES - 1) previous = stage, advance();
                     }
-                };
+                }
+            }
+#pragma unroll 1
+            for (; kb < t.num_k_blocks; ++kb, advance()) {
                 mbarrier_wait(full(stage), phase);
 #pragma unroll
                 for (int half = 0; half < HALVES; ++half) {
                     float part[WGMMA_N / 2];
-                    const u32 a = descriptor_a + stage * (STAGE_BYTES >> 4);
-                    const u32 b = descriptor_b + stage * (STAGE_BYTES >> 4) + half * (WGMMA_N * BLOCK_K >> 4);
-                    wgmma_fence();
-#pragma unroll
-                    for (int i = 0; i < BLOCK_K / 32; ++i)
-                        wgmma(part, matrix_descriptor(a + i * 2), matrix_descriptor(b + i * 2), i != 0);
-                    wgmma_commit();
-                    // Loaded while the tensor cores work.
-                    const int column = group_column + half * WGMMA_N;
-                    const float block = SCALE_B_BLOCK ? sb[column / 128] : 1.0f;
-                    const float scale_0 = sa[warp_row + lane / 4] * block, scale_1 = sa[warp_row + lane / 4 + 8] * block;
-                    wgmma_wait_all();
-                    // The stage may go as soon as nothing reads it: 1x128 scales of B are still read by the promotion.
-                    if (SCALE_B_BLOCK && half == HALVES - 1) __syncwarp(), release();
-                    promote(sum[half], part, scale_0, scale_1, sb, column);
-                    if (!SCALE_B_BLOCK && half == HALVES - 1) __syncwarp(), release();
+                    Scales<WGMMA_N> scales;
+                    multiply(part, stage, half);
+                    load(scales, stage, half);
+                    wgmma_wait<0>();
+                    // The stage may go once nothing reads it: the promotion may still read scales of B.
+                    constexpr bool READS = !SCALE_B_BLOCK && !Scales<WGMMA_N>::AHEAD;
+                    if (!READS && half == HALVES - 1) release(stage);
+                    promote(sum[half], part, scales, scales_at(stage) + BLOCK_M, group_column + half * WGMMA_N);
+                    if (READS && half == HALVES - 1) release(stage);
                 }
             }
             if (OUTPUT == OUTPUT_ADD && t.num_k_blocks == 0) continue;

@@ -13,27 +13,55 @@
 constexpr int NUM_B_SCALES = SCALE_B_BLOCK ? (BLOCK_N + 127) / 128 : BLOCK_N;
 constexpr int SCALE_STAGE = BLOCK_M + (NUM_B_SCALES + 3) / 4 * 4;  // floats
 
-// row: this thread's first row in the tile; column: the first column of `part` in the tile.
-template <int REGISTERS>
-DEVICE void promote(float (&sum)[REGISTERS], const float (&part)[REGISTERS], float scale_0, float scale_1,
-                    const float* scale_b, int column) {
-    if (SCALE_B_BLOCK) {
+// Columns of an accumulator that are sure to share one scale of B. A tile of 192 columns may start in the middle of a
+// 128-block, so its halves of 96 meet block boundaries at multiples of 32.
+constexpr int SCALE_RUN = BLOCK_N % 128 != 0 && BLOCK_N > 128 ? 32 : 128;
+
+// The scales of one accumulator, loaded while the tensor cores work. With 1x128 scales of B there is one for each pair of
+// columns that the thread holds; only where registers allow are they fetched ahead, else the promotion reads them.
+template <int COLUMNS>
+struct Scales {
+    static constexpr int RUNS = SCALE_B_BLOCK && COLUMNS > SCALE_RUN ? COLUMNS / SCALE_RUN : 1;
+    static constexpr bool AHEAD = !SCALE_B_BLOCK && COLUMNS <= 96;
+    float row_0[RUNS], row_1[RUNS];
+    float2 pairs[AHEAD ? COLUMNS / 8 : 1];
+
+    // row: this thread's first row in the tile; column: the accumulator's first; offset: the tile's within its block.
+    DEVICE void load(const float* scale_a, const float* scale_b, int row, int column, int offset) {
 #pragma unroll
-        for (int i = 0; i < REGISTERS; i += 4) {
-            sum[i] += scale_0 * part[i];
-            sum[i + 1] += scale_0 * part[i + 1];
-            sum[i + 2] += scale_1 * part[i + 2];
-            sum[i + 3] += scale_1 * part[i + 3];
+        for (int run = 0; run < RUNS; ++run) {
+            const float block = SCALE_B_BLOCK ? scale_b[(offset + column + run * SCALE_RUN) / 128] : 1.0f;
+            row_0[run] = scale_a[row] * block;
+            row_1[run] = scale_a[row + 8] * block;
         }
-    } else {
-        const float2* pairs = reinterpret_cast<const float2*>(scale_b + column) + threadIdx.x % 4;
+        if (AHEAD) {
 #pragma unroll
-        for (int i = 0; i < REGISTERS; i += 4) {
-            const float2 b = pairs[i];  // columns 8 (i / 4) + 2 (lane % 4): a float2 every 4 registers is 8 columns on
-            sum[i] += scale_0 * b.x * part[i];
-            sum[i + 1] += scale_0 * b.y * part[i + 1];
-            sum[i + 2] += scale_1 * b.x * part[i + 2];
-            sum[i + 3] += scale_1 * b.y * part[i + 3];
+            for (int i = 0; i < COLUMNS / 8; ++i) pairs[i] = pair(scale_b, column, i);
+        }
+    }
+    // Scales of columns 8 i + 2 (lane % 4) + {0, 1} of the accumulator.
+    DEVICE static float2 pair(const float* scale_b, int column, int i) {
+        return reinterpret_cast<const float2*>(scale_b + column)[4 * i + threadIdx.x % 4];
+    }
+};
+
+template <int REGISTERS>
+DEVICE void promote(float (&sum)[REGISTERS], const float (&part)[REGISTERS], const Scales<REGISTERS * 2>& scales,
+                    const float* scale_b, int column) {
+#pragma unroll
+    for (int i = 0; i < REGISTERS; i += 4) {
+        if (SCALE_B_BLOCK) {
+            const float s0 = scales.row_0[i * 2 / SCALE_RUN], s1 = scales.row_1[i * 2 / SCALE_RUN];
+            sum[i] += s0 * part[i];
+            sum[i + 1] += s0 * part[i + 1];
+            sum[i + 2] += s1 * part[i + 2];
+            sum[i + 3] += s1 * part[i + 3];
+        } else {
+            const float2 b = scales.AHEAD ? scales.pairs[i / 4] : scales.pair(scale_b, column, i / 4);
+            sum[i] += scales.row_0[0] * b.x * part[i];
+            sum[i + 1] += scales.row_0[0] * b.y * part[i + 1];
+            sum[i + 2] += scales.row_1[0] * b.x * part[i + 2];
+            sum[i + 3] += scales.row_1[0] * b.y * part[i + 3];
         }
     }
 }

@@ -74,7 +74,10 @@ DEVICE void cp_async_arrive(u32 bar) {
 // ---- wgmma (9.7.15, Asynchronous Warpgroup Level Matrix Instructions) -----------------------------------------------
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-DEVICE void wgmma_wait_all() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+template <int PENDING>  // returns once at most the newest PENDING groups are unfinished
+DEVICE void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
 
 // Shared-memory matrix descriptor, K-major with 128-byte swizzle (9.7.15.5.1.2): start address in units of 16 bytes,
 // stride between groups of 8 rows = 1024 bytes, swizzle mode 1 in bits 62-63. The high word never changes.
@@ -112,6 +115,17 @@ DEVICE void wgmma(float (&d)[32], u64 a, u64 b, int accumulate) {
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
         "}, %32, %33, p, 1, 1;\n}"
         : ACC32(d, 0)
+        : "l"(a), "l"(b), "r"(accumulate));
+}
+DEVICE void wgmma(float (&d)[48], u64 a, u64 b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n96k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+        "}, %48, %49, p, 1, 1;\n}"
+        : ACC32(d, 0), ACC8(d, 32), ACC8(d, 40)
         : "l"(a), "l"(b), "r"(accumulate));
 }
 DEVICE void wgmma(float (&d)[64], u64 a, u64 b, int accumulate) {

@@ -109,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
                          u16* __restrict__ aw_rounded) {
   extern __shared__ __align__(128) u8 tile[];
   __shared__ RowResults results;
-  __shared__ alignas(16) float inverses[kWarps][8];
+  alignas(16) __shared__ float inverses[kWarps][8];
   int column_blocks = columns / 128;
   int column_block = blockIdx.y;
   int row_block = blockIdx.z * gridDim.x + blockIdx.x;

@@ -204,9 +204,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4)
                        int capacity, u8* __restrict__ rows_out, float* __restrict__ rows_scale,
                        int rows_scale_ld, u8* __restrict__ data_t, float* __restrict__ scale_t,
                        int scale_t_ld) {
-  __shared__ alignas(128) u8 tile[kTileRows * kTilePitch];
-  __shared__ alignas(16) float row_scale[kColumns / 128][kTileRows];
-  __shared__ alignas(16) u32 factors[kWarps][kHalf];
+  alignas(128) __shared__ u8 tile[kTileRows * kTilePitch];
+  alignas(16) __shared__ float row_scale[kColumns / 128][kTileRows];
+  alignas(16) __shared__ u32 factors[kWarps][kHalf];
   int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   int row0 = blockIdx.x * kTileRows;
   int column0 = blockIdx.y * kColumns;

@@ -1,0 +1,298 @@
+"""The `emulated` fixture: the memory-bound kernels' own source, compiled for the CPU and run there.
+
+Without a GPU this executes the real index arithmetic, masks, shuffles and rounding, and the Python
+code that launches them. See emulator.h for what it can and cannot show.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from fp8moe.kernels import jit, launch, status
+
+HEADER = Path(__file__).with_name("emulator.h")
+OPTIONS = ("-std=c++20", "-O1", "-fPIC", "-w", "-ffp-contract=off")
+
+# What each piece of inline PTX means; %N are its operands. Strings joined, white space squeezed.
+PTX = {
+    "cvt.f32.f16 %0, %1;": "%0 = emulator::from_f16(%1)",
+    "cvt.rn.bf16x2.f32 %0, %1, %2;": (
+        "%0 = emulator::pair16(emulator::to_bf16(%2), emulator::to_bf16(%1))"
+    ),
+    "cvt.rn.f16x2.f32 %0, %1, %2;": (
+        "%0 = emulator::pair16(emulator::to_f16(%2), emulator::to_f16(%1))"
+    ),
+    "max.u16x2 %0, %1, %2;": "%0 = emulator::max_u16x2(%1, %2)",
+    "mul.rn.f16x2 %0, %1, %2;": "%0 = emulator::mul_f16x2(%1, %2)",
+    "max.NaN.xorsign.abs.bf16x2 %0, %1, %2;": "%0 = emulator::max_xorsign_abs_bf16x2(%1, %2)",
+    "{ .reg .b32 x, y; abs.f16x2 x, %1; abs.f16x2 y, %2; max.NaN.f16x2 %0, x, y; }": (
+        "%0 = emulator::max_abs_16x2(%1, %2, 0x7C00)"
+    ),
+    # One unit off on purpose: the hardware's approximation promises no better.
+    "rcp.approx.ftz.f32 %0, %1;": "%0 = std::nextafter(1.0f / (%1), 0.0f)",
+    "ex2.approx.ftz.f32 %0, %1;": "%0 = std::exp2(%1)",
+    "cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;": "%0 = emulator::e4m3x2(%2, %1)",
+    "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, %2, %1; "
+    "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3; mov.b32 %0, {low, high}; }": (
+        "%0 = emulator::pair16(emulator::e4m3x2(%1, %2), emulator::e4m3x2(%3, %4))"
+    ),
+    "cvt.rn.f16x2.e4m3x2 %0, %1;": "%0 = emulator::f16x2_of_e4m3x2(%1)",
+    "{ .reg .b16 low, high; mov.b32 {low, high}, %2; "
+    "cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high; }": (
+        "%0 = emulator::f16x2_of_e4m3x2((uint16_t)(%2)), %1 = emulator::f16x2_of_e4m3x2((%2) >> 16)"
+    ),
+    "cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;": "%0 = emulator::e4m3x2_of_f16x2(%1)",
+    "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f16x2 low, %1; "
+    "cvt.rn.satfinite.e4m3x2.f16x2 high, %2; mov.b32 %0, {low, high}; }": (
+        "%0 = emulator::pair16(emulator::e4m3x2_of_f16x2(%1), emulator::e4m3x2_of_f16x2(%2))"
+    ),
+    "ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];": (
+        "uint4 read = emulator::read<uint4>(%4); %0 = read.x, %1 = read.y, %2 = read.z, %3 = read.w"
+    ),
+    "{ .reg .pred valid; setp.ne.s32 valid, %5, 0; "
+    "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0; "
+    "@valid ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }": (
+        "uint4 read = emulator::read_if(%4, %5); %0 = read.x, %1 = read.y, %2 = read.z, %3 = read.w"
+    ),
+    "st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};": (
+        "emulator::write(%0, make_uint4(%1, %2, %3, %4))"
+    ),
+    "st.global.cs.u32 [%0], %1;": "emulator::write<unsigned>(%0, %1)",
+    "st.global.cs.f32 [%0], %1;": "emulator::write<float>(%0, %1)",
+    "cp.async.cg.shared.global [%0], [%1], 16, %2;": "emulator::copy_async(%0, %1, %2)",
+    "cp.async.commit_group;": "",
+    "cp.async.wait_group %0;": "",
+}
+
+_ASM = re.compile(r"\basm\s*(?:volatile)?\s*\(")
+_ENTRY = re.compile(
+    r'extern "C" __global__ void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\('
+)
+_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split at `separator` outside of strings and brackets."""
+    parts, depth, quoted, start = [], 0, False, 0
+    for i, char in enumerate(text):
+        if char == '"' and text[i - 1] != "\\":
+            quoted = not quoted
+        elif not quoted and char in "([{":
+            depth += 1
+        elif not quoted and char in ")]}":
+            depth -= 1
+        elif not quoted and not depth and char == separator:
+            parts.append(text[start:i])
+            start = i + 1
+    return [*parts, text[start:]]
+
+
+def _close(text: str, start: int) -> int:
+    """The position after the bracket that closes the one before `start`."""
+    depth, quoted = 1, False
+    for i in range(start, len(text)):
+        if text[i] == '"' and text[i - 1] != "\\":
+            quoted = not quoted
+        elif not quoted and text[i] in "()":
+            depth += 1 if text[i] == "(" else -1
+            if depth == 0:
+                return i + 1
+    raise ValueError("unbalanced brackets")
+
+
+def _meaning(asm: str) -> str:
+    """C++ for the inside of one `asm(...)`."""
+    template, *operands = _split(asm, ":")
+    strings = "".join(_STRING.findall(template)).replace("\\n", " ")
+    ptx = " ".join(strings.split())
+    if ptx not in PTX:
+        raise NotImplementedError(f"{Path(__file__).name}: PTX has no meaning for {ptx!r}")
+    values = [
+        operand[operand.index("(") : operand.rindex(")") + 1]
+        for group in operands[:2]
+        for operand in _split(group, ",")
+        if operand.strip()
+    ]
+    meaning = re.sub(r"%(\d)", lambda m: values[int(m[1])], PTX[ptx])
+    return f"do {{ {meaning}; }} while (0)"
+
+
+def host_source(spec: jit.KernelSpec) -> str:
+    """The kernel's source as C++ for the CPU, with a function `run_<entry>` for each entry."""
+    text = jit.render(spec)
+    text = re.sub(r"^#line.*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"//.*$", "", text, flags=re.MULTILINE)
+    while match := _ASM.search(text):
+        end = _close(text, match.end())
+        text = text[: match.start()] + _meaning(text[match.end() : end - 1]) + text[end:]
+    # Shared memory is static memory: one block runs at a time.
+    text = re.sub(
+        r"extern __shared__\s+(?:__align__\(\d+\)|alignas\(\d+\))?\s*(\w+) (\w+)\[\];",
+        r"\1* const \2 = (\1*)emulator::dynamic_shared;",
+        text,
+    )
+    text = re.sub(r"__shared__ (alignas\(\d+\))", r"\1 static", text)
+    text = re.sub(r"__shared__\b", "static", text)
+    runs = [
+        f'extern "C" const char* run_{entry}(unsigned x, unsigned y, unsigned z, int threads, '
+        f"void** args) {{ return emulator::run({entry}, args, {{x, y, z}}, threads) "
+        f"? nullptr : emulator::message; }}\n"
+        f'extern "C" int sizes_{entry}(int* sizes) {{ '
+        f"return emulator::parameter_sizes({entry}, sizes); }}\n"
+        for entry in _ENTRY.findall(text)
+    ]
+    allow = (
+        'extern "C" void readable(uintptr_t begin, size_t bytes) { '
+        "if (begin == 0) emulator::readable.clear(); "
+        "else emulator::readable.push_back({begin, begin + bytes}); }\n"
+    )
+    return f'#include "{HEADER.name}"\n{text}\n{allow}{"".join(runs)}'
+
+
+class EmulatedKernel:
+    """Called like `launch.Kernel`, with CPU tensors."""
+
+    def __init__(self, library: ctypes.CDLL, entry: str) -> None:
+        self.entry = entry
+        self._library = library
+        self._run = getattr(library, f"run_{entry}")
+        self._run.restype = ctypes.c_char_p
+        sizes = (ctypes.c_int * 64)()
+        count = getattr(library, f"sizes_{entry}")(sizes)
+        self._parameter_bytes = list(sizes[:count])
+
+    def __call__(
+        self,
+        grid: launch.Dim,
+        block: int,
+        args: Sequence[Any],
+        *,
+        smem: int = 0,
+        cluster: int = 1,
+    ) -> None:
+        assert cluster == 1
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        codes, values, _ = launch.encode(
+            [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in args]
+        )
+        frame = launch.ArgumentFrame(codes)
+        assert frame.sizes == self._parameter_bytes, (self.entry, frame.sizes)
+        frame.fill(values)
+        allow = self._library.readable
+        allow(ctypes.c_size_t(0), ctypes.c_size_t(0))
+        for tensor in tensors:
+            if tensor.numel():
+                storage = tensor.untyped_storage()
+                allow(ctypes.c_size_t(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()))
+        x, y, z = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
+        error = self._run(x, y, z, block, ctypes.c_void_p(frame.address))
+        if error is not None:
+            raise RuntimeError(f"{self.entry}: {error.decode()}")
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    """Compiles a spec's source once per test session."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    directory = tmp_path_factory.mktemp("emulated")
+    libraries: dict[str, ctypes.CDLL] = {}
+
+    def compile(*arguments: str | Path) -> None:
+        command = [compiler, *OPTIONS, *map(str, arguments)]
+        done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[:4000]
+
+    # Precompiled: the standard headers are most of the compile time.
+    shutil.copy(HEADER, directory)
+    compile("-x", "c++-header", HEADER.name, "-o", f"{HEADER.name}.gch")
+
+    def library(spec: jit.KernelSpec) -> ctypes.CDLL:
+        source = host_source(spec)
+        name = hashlib.sha256(source.encode()).hexdigest()[:16]
+        if name not in libraries:
+            path = directory / f"{name}.cpp"
+            path.write_text(source)
+            binary = path.with_suffix(".so")
+            compile("-shared", path, "-o", binary)
+            libraries[name] = ctypes.CDLL(str(binary))
+        return libraries[name]
+
+    return library
+
+
+GUARD = 0xA5
+BORDER = 64
+
+
+class GuardedMemory:
+    """Stands in for `torch.empty`: poison inside, and a border that must stay as it is."""
+
+    def __init__(self) -> None:
+        self._plain = torch.empty
+        self._buffers: list[tuple[torch.Tensor, int, int]] = []
+
+    def empty(self, *size: Any, dtype: torch.dtype | None = None, **_: Any) -> torch.Tensor:
+        shape = size if isinstance(size[0], int) else tuple(size[0])
+        like = self._plain(shape, dtype=dtype or torch.get_default_dtype(), device="meta")
+        count = like.numel() * like.element_size()
+        if count == 0:
+            return self._plain(shape, dtype=like.dtype)
+        buffer = self._plain(count + 3 * BORDER, dtype=torch.uint8).fill_(GUARD)
+        start = BORDER + -buffer.data_ptr() % BORDER
+        self._buffers.append((buffer, start, start + count))
+        # A storage of the tensor's own size, so that reads past its end are noticed too.
+        inside = (ctypes.c_uint8 * count).from_address(buffer.data_ptr() + start)
+        return torch.frombuffer(inside, dtype=torch.uint8).view(like.dtype).view(shape)
+
+    def check(self) -> None:
+        for buffer, start, end in self._buffers:
+            assert (buffer[:start] == GUARD).all(), "write before the start of an output"
+            assert (buffer[end:] == GUARD).all(), "write past the end of an output"
+
+
+@pytest.fixture
+def emulated(
+    emulated_library: Callable, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., torch.Tensor]]:
+    """`words = emulated(*modules)` makes their CUDA implementations run on CPU tensors.
+
+    Outputs are full of poison, and a write outside of one fails the test. `words` is the status
+    buffer.
+    """
+    memory = GuardedMemory()
+    words = torch.zeros(status.WORDS, dtype=torch.int32)
+
+    def load(spec: jit.KernelSpec) -> EmulatedKernel:
+        return EmulatedKernel(emulated_library(spec), spec.entry)
+
+    def new_empty(
+        like: torch.Tensor, size: Sequence[int], *, dtype: torch.dtype | None = None, **_: Any
+    ) -> torch.Tensor:
+        return memory.empty(size, dtype=dtype or like.dtype)
+
+    def start(*modules: ModuleType) -> torch.Tensor:
+        monkeypatch.setattr(jit, "load", load)
+        monkeypatch.setattr(status, "pointer", lambda device: words.data_ptr())
+        monkeypatch.setattr(torch, "empty", memory.empty)
+        monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+        for module in modules:
+            for name, value in list(vars(module).items()):
+                if "kernel" in name and hasattr(value, "cache_clear"):
+                    monkeypatch.setattr(module, name, value.__wrapped__)
+        return words
+
+    yield start
+    memory.check()

@@ -1,0 +1,268 @@
+"""The memory-bound kernels' source, run on the CPU, against the reference: no GPU needed.
+
+The same comparisons run on a GPU in the tests of each operator; these find wrong indices, masks and
+exchanges where there is none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fp8moe import testing
+from fp8moe.kernels import cast, gather, permute, reference, routing, swiglu
+from fp8moe.kernels.fp8tensor import ceil_div
+
+Start = Callable[..., torch.Tensor]
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    t = t.contiguous()
+    if t.dtype in (torch.float32, torch.int32):
+        return t.view(torch.int32)
+    return t.view(torch.int16) if t.element_size() == 2 else t.view(torch.uint8)
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    different = bits(actual) != bits(expected)
+    assert not different.any(), f"{int(different.sum())} differ, first {different.nonzero()[0]}"
+
+
+def values(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Gaussian, rows up to 2**10 apart, with zeros and a few NaN and Inf."""
+    x = torch.randn(shape) * torch.randint(-5, 6, (*shape[:-1], 1)).exp2()
+    chance = torch.rand(shape)
+    x.masked_fill_(chance < 0.05, 0.0)
+    x.masked_fill_(chance > 0.9998, math.nan)
+    x.masked_fill_((chance > 0.9996) & (chance <= 0.9998), -math.inf)
+    return x.to(dtype)
+
+
+# -------------------------------------------------------------------------------------------- casts
+
+CASTS = [
+    (torch.bfloat16, True, [(1, 16), (70, 264), (129, 400)]),
+    (torch.bfloat16, False, [(5, 7), (130, 257)]),
+    (torch.float32, False, [(65, 384)]),
+    (torch.float16, True, [(33, 272)]),
+]
+
+
+@pytest.mark.parametrize(("dtype", "pow2", "shapes"), CASTS)
+def test_rows_and_blocks(
+    emulated: Start, dtype: torch.dtype, pow2: bool, shapes: list[tuple[int, int]]
+) -> None:
+    emulated(cast)
+    for m, k in shapes:
+        x = values(m, k, dtype=dtype)
+        for actual, expected in zip(
+            cast._cast_per_token_cuda(x, pow2), reference.cast_per_token(x, pow2), strict=True
+        ):
+            assert_same(actual, expected)
+        w = values(2, m, k, dtype=dtype)
+        wanted = reference.cast_per_block_both(w, pow2)
+        both = cast._cast_per_block_both_cuda(w, pow2)
+        one = cast._cast_per_block_cuda(w, pow2)
+        moved = cast._transpose_per_block_cuda(wanted[0], wanted[1])
+        for actual, expected in zip((*both, *one, *moved), (*wanted, *wanted), strict=True):
+            assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("sizes", [[1], [0, 130, 0, 0, 128, 5, 0], [0] * 40 + [3] + [1] * 33])
+@pytest.mark.parametrize(
+    ("dtype", "pow2", "columns"),
+    [(torch.bfloat16, True, 136), (torch.float16, False, 7), (torch.float32, True, 16)],
+)
+def test_channels(
+    emulated: Start, dtype: torch.dtype, pow2: bool, columns: int, sizes: list[int]
+) -> None:
+    status = emulated(cast)
+    x = values(sum(sizes) + 3, columns, dtype=dtype)
+    ends = torch.tensor(sizes).cumsum(0).int()
+    data, scale = cast._cast_per_channel_cuda(x, ends, pow2)
+    expected = reference.cast_per_channel(x, ends, pow2)
+    used = sum(ceil_div(s, 128) * 128 for s in sizes)
+    assert_same(data[:, :used], expected[0][:, :used])
+    assert_same(scale[:, : used // 128], expected[1][:, : used // 128])
+    assert (data.view(torch.uint8)[:, used:] == 0xA5).all(), "wrote past the last group"
+    assert not status.any()
+
+
+@pytest.mark.parametrize(
+    ("ends", "record"),
+    [
+        ([5, 3, 200], [1, 1, 3, 5]),
+        ([-1, 3, 200], [1, 0, -1, 0]),
+        ([5, 201, 200], [2, 1, 201, 200]),
+        ([0, 200] * 33, [1, 2, 0, 200]),
+        ([2**31 - 1, -(2**31)] * 33, [2, 0, 2**31 - 1, 200]),
+    ],
+)
+def test_bad_group_ends_are_reported_and_followed_safely(
+    emulated: Start, ends: list[int], record: list[int]
+) -> None:
+    status = emulated(cast)
+    cast._cast_per_channel_cuda(values(200, 24), torch.tensor(ends, dtype=torch.int32), True)
+    assert status[:4].tolist() == record
+
+
+# ---------------------------------------------------------------------------- routing, permutation
+
+
+def routed(tokens: int, topk: int, experts: int, dropped: float = 0.0) -> tuple[torch.Tensor, ...]:
+    ids, weights = testing.random_topk(tokens, topk, experts, seed=1, dropped=dropped)
+    return ids, weights, *reference.route(ids, experts)
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize(
+    ("tokens", "topk", "experts", "dropped"),
+    [(1, 1, 1, 0.0), (300, 3, 5, 0.2), (1100, 2, 300, 0.0)],
+)
+def test_route(
+    emulated: Start,
+    ids_dtype: torch.dtype,
+    tokens: int,
+    topk: int,
+    experts: int,
+    dropped: float,
+) -> None:
+    ids, _, *expected = routed(tokens, topk, experts, dropped)
+    status = emulated(routing)
+    for actual, wanted in zip(
+        routing._route_cuda(ids.to(ids_dtype), experts), expected, strict=True
+    ):
+        assert_same(actual, wanted)
+    assert not status.any()
+    ids[0, 0] = experts + 1
+    routing._route_cuda(ids.to(ids_dtype), experts)
+    assert status[:4].tolist() == [3, 0, experts + 1, experts]
+
+
+def used_rows(slot_of_row: torch.Tensor) -> int:
+    return int((slot_of_row != -2).sum())
+
+
+@pytest.mark.parametrize(("topk", "hidden"), [(1, 128), (3, 640)])
+def test_permute_rows_and_gather_sum(emulated: Start, topk: int, hidden: int) -> None:
+    _, _, row_of_slot, slot_of_row, _, _ = routed(90, topk, 4, 0.1)
+    emulated(permute, gather)
+    x = values(90, hidden)
+    used = used_rows(slot_of_row)
+    rows = permute._permute_rows_cuda(x, slot_of_row, topk)
+    assert_same(rows[:used], reference.permute_rows(x, slot_of_row, topk)[:used])
+    finite = torch.randn(len(slot_of_row), hidden).bfloat16()
+    total = gather._gather_sum_cuda(finite, row_of_slot)
+    assert_same(total, reference.gather_sum(finite, row_of_slot))
+    partials = torch.randn(3, len(slot_of_row))
+    sums = gather._gather_slots_cuda(partials, row_of_slot)
+    assert_same(sums, reference.gather_slots(partials, row_of_slot))
+
+
+@pytest.mark.parametrize(
+    ("pow2_in", "pow2", "spread"), [(True, True, 5), (True, True, 40), (False, False, 5)]
+)
+def test_permute_fp8(emulated: Start, pow2_in: bool, pow2: bool, spread: int) -> None:
+    _, _, _, slot_of_row, _, _ = routed(90, 2, 4, 0.1)
+    x = torch.randn(90, 384) * torch.randint(-spread, spread + 1, (90, 1)).exp2()
+    x[3] = 0
+    x[5, 7] = math.nan
+    emulated(permute)
+    data, scale = reference.cast_per_token(x.bfloat16(), pow2_in)
+    used = used_rows(slot_of_row)
+    expected = reference.permute_fp8_both(data, scale, slot_of_row, 2, pow2)
+    rows = permute._permute_fp8_cuda(data, scale, slot_of_row, 2)
+    channels = permute._permute_fp8_to_channel_cuda(data, scale, slot_of_row, 2, pow2)
+    both = permute._permute_fp8_both_cuda(data, scale, slot_of_row, 2, pow2)
+    for actual in ((*rows, *channels), both):
+        for got, wanted, at in zip(
+            actual,
+            expected,
+            [(slice(used),), (slice(used),)]
+            + [(slice(None), slice(n)) for n in (used, used // 128)],
+            strict=True,
+        ):
+            assert_same(got[at], wanted[at])
+
+
+# ------------------------------------------------------------------------------------------- SwiGLU
+
+
+@pytest.mark.parametrize("pow2", [True, False])
+def test_swiglu(emulated: Start, pow2: bool) -> None:
+    """The rounded values are within one bf16 step of the reference, their casts the same bits."""
+    _, weights, _, slot_of_row, _, _ = routed(70, 2, 3, 0.1)
+    capacity, width = len(slot_of_row), 256
+    used = used_rows(slot_of_row)
+    h, da = torch.randn(capacity, 2 * width).bfloat16(), torch.randn(capacity, width).bfloat16()
+    h[slot_of_row < 0] = math.nan  # padding may hold anything
+    da[slot_of_row < 0] = math.nan
+    emulated(swiglu)
+    aw = torch.empty(capacity, width, dtype=torch.bfloat16)
+    data, scale = swiglu._launch_forward(h, weights, slot_of_row, pow2, aw)
+    expected_aw = reference.swiglu_rows(h, weights, slot_of_row)
+    torch.testing.assert_close(aw[:used], expected_aw[:used], rtol=2**-7, atol=1e-6)
+    for actual, wanted in zip((data, scale), reference.cast_per_token(aw, pow2), strict=True):
+        assert_same(actual[:used], wanted[:used])
+
+    dh = torch.empty(capacity, 2 * width, dtype=torch.bfloat16)
+    outs = swiglu._launch_backward(h, da, weights, slot_of_row, pow2, dh, aw)
+    dh_wanted, aw_wanted, dprob = reference.swiglu_backward_rows(h, da, weights, slot_of_row)
+    torch.testing.assert_close(dh[:used], dh_wanted[:used], rtol=2**-7, atol=1e-5)
+    torch.testing.assert_close(aw[:used], aw_wanted[:used], rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(outs[6][:, :used], dprob[:, :used], rtol=1e-4, atol=1e-4)
+    whole = torch.tensor([used], dtype=torch.int32)
+    for actual, wanted in zip(outs[:2], reference.cast_per_token(dh, pow2), strict=True):
+        assert_same(actual[:used], wanted[:used])
+    for rounded, (data_t, scale_t) in ((dh, outs[2:4]), (aw, outs[4:6])):
+        wanted_t, wanted_scale = reference.cast_per_channel(rounded, whole, pow2)
+        assert_same(data_t[:, :used], wanted_t[:, :used])
+        assert_same(scale_t[:, : used // 128], wanted_scale[:, : used // 128])
+
+
+# --------------------------------------------------------------------------------- negative control
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("8 * (g ^ c)", "8 * g"),
+        ("(lane & 16) | (2 * i)", "(lane & 16) | i"),
+        ("kAligned && rows_left >= 8", "kAligned"),
+        ("(amax_bits + 0x1FFFFFu)", "(amax_bits + 0x200000u)"),
+    ],
+    ids=["staging", "shuffle", "mask", "rounding"],
+)
+def test_a_planted_error_is_seen(
+    emulated: Start, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str
+) -> None:
+    render = cast.jit.render
+
+    def planted(spec: cast.jit.KernelSpec) -> str:
+        source = render(spec)
+        assert right in source
+        return source.replace(right, wrong)
+
+    monkeypatch.setattr(cast.jit, "render", planted)
+    emulated(cast)
+    w = torch.randn(1, 136, 272).bfloat16()
+    w[0, 0, 0] = 448.0 * 2**5
+    with pytest.raises((AssertionError, RuntimeError)):
+        for actual, expected in itertools.chain(
+            zip(
+                cast._cast_per_block_both_cuda(w, True),
+                reference.cast_per_block_both(w, True),
+                strict=True,
+            ),
+            zip(
+                cast._cast_per_token_cuda(w[0], True),
+                reference.cast_per_token(w[0], True),
+                strict=True,
+            ),
+        ):
+            assert_same(actual, expected)
