@@ -20,8 +20,12 @@ BF16_ROW_ERROR = 2.5e-3
 Rounding the output alone makes about 1.7e-3, and up to 2**-8 = 3.9e-3 in a row of a few elements.
 """
 
-FP32_ROW_ERROR = 2e-5
-"""Gate on `worst_row_error` of an FP32 result: rounding in the FP32 sums only."""
+FP32_ROW_ERROR = 5e-4
+"""Gate on `worst_row_error` of an FP32 result.
+
+Hopper's tensor cores keep about 14 bits of the sum over a k-block: 1.3e-4 was measured on an H200.
+The FP32 sums of the CPU backend stay below 1e-6.
+"""
 
 SQNR_FORWARD_DB = 27.0
 SQNR_GRADIENT_DB = 26.0

@@ -36,7 +36,8 @@ def _specs(grouping: Grouping, output: Output, tile: Tile) -> jit.KernelSpec:
             ("STAGES", tile.stages(block_scales)),
             ("CLUSTER_M", tile.cluster_m),
             ("CLUSTER_N", tile.cluster_n),
-            ("OVERLAP_PROMOTION", int(tile.overlap)),
+            ("OVERLAP_PROMOTION", int(tile.overlap(block_scales))),
+            ("ASYNC_STORE", int(tile.async_store)),
         ),
     )
 
@@ -100,6 +101,21 @@ def _launch(
         box_cols=128,
         swizzle=128,
     )
+    # The epilogue's TMA stores; without them the kernel does not look at it.
+    map_d = (
+        launch.tensor_map(
+            out.data_ptr(),
+            dtype="bf16",
+            rows=out.numel() // p.n,
+            cols=p.n,
+            row_stride_bytes=p.n * 2,
+            box_rows=16,
+            box_cols=64,
+            swizzle=128,
+        )
+        if tile.async_store
+        else map_a
+    )
     cluster = tile.cluster_m * tile.cluster_n
     jit.load(_specs(p.grouping, p.output, tile))(
         min(sms // cluster, heuristics.max_items(p, tile)) * cluster,
@@ -107,6 +123,7 @@ def _launch(
         [
             map_a,
             map_b,
+            map_d,
             a_scale,
             b_scale,
             out,

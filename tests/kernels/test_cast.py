@@ -1,20 +1,18 @@
-"""The casts against plain loops over blocks, and CUDA against the reference, bit by bit."""
+"""The cast operators against plain loops over blocks, bit by bit, on the CPU and on a GPU."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fp8moe import testing
-from fp8moe.kernels import cast, jit, reference, status
+from fp8moe.kernels import cast, jit, reference
 from fp8moe.kernels.fp8tensor import AMAX_FLOOR, FP8_DTYPE, ceil_div, padded_capacity, scale_ld
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SIZES = (1, 7, 16, 127, 128, 129, 144, 256, 257, 400)
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 pow2s = pytest.mark.parametrize("pow2", [True, False], ids=["pow2", "amax"])
@@ -163,18 +161,6 @@ def loop_cases(dtype: torch.dtype) -> list[torch.Tensor]:
     return [values((5, 300), dtype), adversarial(dtype)]
 
 
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CUDA implementations get output buffers full of NaN."""
-    for name in ("_per_token_outputs", "_per_block_outputs", "_per_channel_outputs"):
-        make = getattr(cast, name)
-
-        def wrapped(*args, make: Callable = make) -> tuple[torch.Tensor, ...]:
-            return tuple(testing.poison(t) for t in make(*args))
-
-        monkeypatch.setattr(cast, name, wrapped)
-
-
 # ------------------------------------------------------------------- meaning, on both CPU and GPU
 
 
@@ -257,156 +243,6 @@ def test_layouts(device: torch.device) -> None:
     _, scale, _, scale_t = cast.cast_per_block_both(x[None], True)
     assert scale.is_contiguous() and scale_t.is_contiguous()
     assert scale.shape == (1, 2, 3) and scale_t.shape == (1, 3, 2)
-
-
-# --------------------------------------------------------------------- CUDA against the reference
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("poisoned")
-@dtypes
-@pow2s
-def test_cuda_rows_and_blocks(dtype: torch.dtype, pow2: bool) -> None:
-    for i, m in enumerate(SIZES):
-        for j, k in enumerate(SIZES):
-            x = values((m, k), dtype, seed=10 * i + j)
-            assert same_all(
-                cast.cast_per_token(x.cuda(), pow2), reference.cast_per_token(x, pow2)
-            ), ("per_token", m, k)
-            w = values((2, m, k), dtype, seed=10 * i + j)
-            expected = reference.cast_per_block_both(w, pow2)
-            assert same_all(cast.cast_per_block(w.cuda(), pow2), expected[:2]), ("block", m, k)
-            assert same_all(cast.cast_per_block_both(w.cuda(), pow2), expected), ("both", m, k)
-            moved = cast.transpose_per_block(expected[0].cuda(), expected[1].cuda())
-            assert same_all(moved, expected[2:]), ("transpose", m, k)
-
-
-GROUPS = [
-    [1],
-    [128],
-    [129, 127],
-    [0, 0, 5, 0],
-    [300, 0, 0, 1, 128, 0],
-    [0] * 40 + [7] + [0] * 40,
-    [3] * 33,
-    [17, 128, 0, 256] * 33,
-]
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("slack", [0, 131])
-@dtypes
-@pow2s
-def test_cuda_channels(dtype: torch.dtype, pow2: bool, slack: int) -> None:
-    for sizes in GROUPS:
-        used = sum(ceil_div(s, 128) * 128 for s in sizes)
-        for n in (1, 7, 16, 128, 136, 257):
-            x = values((sum(sizes) + slack, n), dtype, seed=n)
-            if slack:
-                x[sum(sizes) :] = math.nan  # rows in no group
-            ends = ends_of(sizes)
-            data, scale = cast.cast_per_channel(x.cuda(), ends.cuda(), pow2)
-            expected = reference.cast_per_channel(x, ends, pow2)
-            actual = (data[:, :used], scale[:, : used // 128])
-            wanted = (expected[0][:, :used], expected[1][:, : used // 128])
-            assert same_all(actual, wanted), (sizes, n)
-            assert (bits(data)[:, used:] == 0x7F).all(), "wrote past the last group"
-            assert scale[:, used // 128 :].isnan().all(), "wrote past the last group"
-
-
-@pytest.mark.gpu
-@pow2s
-def test_cuda_misaligned_start(pow2: bool) -> None:
-    flat = values((1, 128 * 256 + 1), torch.bfloat16)[0]
-    x = flat[1:].view(128, 256)
-    on_gpu = flat.cuda()[1:].view(128, 256)
-    assert on_gpu.data_ptr() % 16 and on_gpu.is_contiguous()
-    assert same_all(cast.cast_per_token(on_gpu, pow2), reference.cast_per_token(x, pow2))
-    both = cast.cast_per_block_both(on_gpu[None], pow2)
-    assert same_all(both, reference.cast_per_block_both(x[None], pow2))
-    ends = ends_of([128])
-    channel = cast.cast_per_channel(on_gpu, ends.cuda(), pow2)
-    expected = reference.cast_per_channel(x, ends, pow2)
-    assert same_all(
-        (channel[0][:, :128], channel[1][:, :1]), (expected[0][:, :128], expected[1][:, :1])
-    )
-
-
-@pytest.mark.gpu
-def test_cuda_same_from_run_to_run() -> None:
-    x = values((1000, 1040), torch.bfloat16).cuda()
-    ends = ends_of([300, 0, 700], "cuda")
-    first = [cast.cast_per_channel(x, ends, True) for _ in range(2)]
-    used = 384 + 768
-    assert same_all(
-        (first[0][0][:, :used], first[0][1][:, : used // 128]),
-        (first[1][0][:, :used], first[1][1][:, : used // 128]),
-    )
-
-
-@pytest.mark.gpu
-@pytest.mark.slow
-def test_cuda_more_than_2_31_elements() -> None:
-    """The last rows and experts are cast as they are alone."""
-    rows, columns = 75 * 4096, 7168
-    assert rows * columns > 2**31
-    x = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
-    data, scale = cast.cast_per_token(x, True)
-    tail = cast.cast_per_token(x[-128:].clone(), True)
-    assert same_all((data[-128:], scale[-128:]), tail)
-    del data, scale
-    ends = torch.tensor([rows - 128, rows], dtype=torch.int32, device="cuda")
-    data, scale = cast.cast_per_channel(x, ends, True)
-    alone = cast.cast_per_channel(
-        x[-128:, -128:].clone(), torch.tensor([128], dtype=torch.int32, device="cuda"), True
-    )
-    used = slice(rows - 128, rows)
-    assert same_all(
-        (data[-128:, used], scale[-128:, rows // 128 - 1]), (alone[0][:, :128], alone[1][:, 0])
-    )
-    del data, scale
-    w = x.view(75, 4096, columns)
-    whole = cast.cast_per_block_both(w, True)
-    last = cast.cast_per_block_both(w[-1:].clone(), True)
-    assert same_all(tuple(t[-1:] for t in whole), last)
-    moved = cast.transpose_per_block(whole[0], whole[1])
-    assert same_all(tuple(t[-1:] for t in moved), last[2:])
-
-
-@pytest.fixture
-def no_pending_error() -> Iterator[None]:
-    yield
-    torch.cuda.synchronize()
-    try:
-        status.check_errors()
-    except ValueError:
-        pass
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("no_pending_error")
-@pytest.mark.parametrize(
-    ("ends", "message"),
-    [
-        ([5, 3, 200], r"non-decreasing sequence, got group_ends\[1\] = 3 after 5"),
-        ([-1, 3, 200], r"non-decreasing sequence, got group_ends\[0\] = -1 after 0"),
-        ([5, 201, 200], r"at most 200 .* got group_ends\[1\] = 201"),
-        ([5, 200, 2**31 - 1], r"at most 200 .* got group_ends\[2\] = 2147483647"),
-    ],
-)
-def test_cuda_reports_bad_group_ends(ends: list[int], message: str) -> None:
-    x = torch.randn(200, 64, device="cuda")
-    bad = torch.tensor(ends, dtype=torch.int32, device="cuda")
-    cast.cast_per_channel(x, bad, True)
-    with pytest.raises(ValueError, match=message):
-        status.check_errors()
-    status.check_errors()  # reported once
-    many = torch.full((300,), 200, dtype=torch.int32, device="cuda")
-    many[::2] = 0  # would need far more columns than there are
-    cast.cast_per_channel(x, many, True)
-    with pytest.raises(ValueError, match="non-decreasing"):
-        status.check_errors()
 
 
 def test_cpu_raises_bad_group_ends() -> None:
@@ -537,83 +373,6 @@ def test_compiles_as_one_graph() -> None:
 def test_bad_arguments(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
-
-
-# ------------------------------------------------------------- what the kernels compute differently
-
-
-def test_power_of_two_scale_needs_no_division() -> None:
-    """block_scale adds to the exponent where the reference divides and rounds up."""
-    mantissas = torch.arange(0, 1 << 23, 61, dtype=torch.int32)
-    near = torch.arange(0x600000 - 64, 0x600000 + 64, dtype=torch.int32)
-    for exponent in (127 - 48, 120, 127, 135, 254):
-        amax_bits = torch.cat([mantissas, near, near - 0x600000 + 64]) | (exponent << 23)
-        amax = amax_bits.view(torch.float32)
-        quotient = (amax / torch.full_like(amax, 448.0)).view(torch.int32)
-        rounded_up = ((quotient - 1) >> 23) + 1
-        assert torch.equal(rounded_up, ((amax_bits + 0x1FFFFF) >> 23) - 8)
-
-
-def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """a * b + c for FP32 tensors, rounded once."""
-    product, c = a.double() * b.double(), c.double()
-    total = product + c
-    back = total - product
-    lost = (product - (total - back)) + (c - back)
-    # FP64 halfway between two FP32 values although the sum is not: step towards the sum.
-    raw = total.view(torch.int64)
-    tie = ((raw & 0x1FFFFFFF) == 0x10000000) & (lost != 0)
-    raw = raw + torch.where(tie, torch.where((lost > 0) == (total > 0), 1, -1), 0)
-    return raw.view(torch.float64).float()
-
-
-@pytest.mark.parametrize("error", [-1, 0, 1])
-def test_newton_division_is_ieee_division(error: int) -> None:
-    """divide_from is exact for an approximate reciprocal that is off by one unit either way."""
-    m = (torch.arange(0, 1 << 23, 37, dtype=torch.int32) | 0x3F800000).view(torch.float32)
-
-    def divide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        approximate = (torch.ones_like(b) / b).view(torch.int32) + error
-        r = approximate.view(torch.float32)
-        y = fma(r, fma(-b, r, torch.ones_like(b)), r)
-        q = a * y
-        q = fma(fma(-b, q, a), y, q)
-        return fma(fma(-b, q, a), y, q)
-
-    c = torch.full_like(m, 1.75)
-    assert same(divide(c, m), c / m)
-    assert same(divide(m, c), m / c)
-
-
-@pytest.mark.parametrize("group", [8, 16], ids=["128 columns", "256 columns"])
-def test_staged_tile_has_no_bank_conflicts(group: int) -> None:
-    """byte_transpose.cuh: every byte has one place, and no access of a phase shares a bank."""
-
-    def stage(j: int, c: int, g: int) -> int:
-        return j * 128 + 8 * (g ^ c)
-
-    def read(j: int, m: int) -> tuple[int, bool]:
-        c = j // group
-        return j * 128 + 16 * (m ^ (c >> 1)), bool(c & 1)
-
-    written = {}
-    for c in range(16):
-        for k in range(group):
-            for g in range(16):
-                written[stage(group * c + k, c, g)] = (group * c + k, g)
-    assert len(written) == 16 * group * 16
-    for j in range(16 * group):
-        for m in range(8):
-            address, swapped = read(j, m)
-            halves = [written[address], written[address + 8]]
-            assert (halves[::-1] if swapped else halves) == [(j, 2 * m), (j, 2 * m + 1)]
-    # 8-byte stores go by half-warps (16 values of c), 16-byte loads by eight lanes (one column).
-    for k in range(group):
-        for g in range(16):
-            banks = {stage(group * c + k, c, g) % 128 // 8 for c in range(16)}
-            assert len(banks) == 16
-    for j in range(16 * group):
-        assert len({read(j, m)[0] % 128 // 16 for m in range(8)}) == 8
 
 
 def test_kernel_specs_are_distinct_and_exist() -> None:

@@ -8,8 +8,7 @@ from fp8moe.kernels import gemm, heuristics
 from fp8moe.kernels.fp8tensor import FP8Tensor, padded_capacity
 from fp8moe.kernels.heuristics import Grouping, Output, Problem
 
-GATE_BF16 = 2.5e-3  # BF16 rounding of the output alone is about 1.7e-3
-GATE_F32 = 1e-3  # Hopper's tensor cores keep about 14 bits of a 128-long partial sum
+GATE_BF16, GATE_F32 = testing.BF16_ROW_ERROR, testing.FP32_ROW_ERROR
 
 
 def _operand(rows, k, device, seed=0):

@@ -1,8 +1,10 @@
-// Accumulators to global memory. Each warp works alone: it turns a panel of 16 rows x 128 bytes around in its own 2 KB
-// of shared memory (swizzled, conflict-free) and writes whole 128-byte row segments, guarded by row and by column. So
-// full tiles, the ragged last tile of a group and the edge in N take one path, and no warp waits for another.
+// Accumulators to global memory. Each warp works alone, in shared memory of its own, so no warp waits for another.
 //
 //   OUTPUT_BF16   D = bf16(sum)     OUTPUT_F32   D = sum     OUTPUT_ADD   D += sum (each element has one owner)
+//
+// ASYNC_STORE: the warp stages its 16 rows whole and lets TMA write them while it is busy with the next tile. Otherwise
+// it turns one panel of 16 rows x 128 bytes after the other around in 2 KB. Both write only rows of the tile's group and
+// columns below N: TMA clips at N, and 16 rows that a group ends within are written by plain stores.
 #pragma once
 #include "scheduler.cuh"
 
@@ -10,52 +12,95 @@ enum { OUTPUT_BF16 = 0, OUTPUT_F32 = 1, OUTPUT_ADD = 2 };
 
 constexpr int ELEMENT = OUTPUT == OUTPUT_BF16 ? 2 : 4;  // bytes
 constexpr int PANEL_BYTES = 16 * 128;
+constexpr int STAGING_BYTES = ASYNC_STORE ? BLOCK_M * BLOCK_N * 2 / 8 : PANEL_BYTES;  // per consumer warp
+static_assert(!ASYNC_STORE || OUTPUT == OUTPUT_BF16, "FP32 tiles are too large to be staged whole");
 
-// columns: of this accumulator; row and column: this warp's first ones within the tile.
-template <int REGISTERS>
-DEVICE void store(const float (&sum)[REGISTERS], u32 panel, const char* panel_ptr, void* d, const Problem& p,
-                  const Tile& t, int row, int column) {
-    constexpr int COLUMNS = REGISTERS * 2;
-    constexpr int FULL = 128 / ELEMENT;
-    constexpr int WIDTH = COLUMNS % FULL == 0 ? FULL : COLUMNS % 32 == 0 ? 32 : COLUMNS;  // columns of a panel
-    static_assert(COLUMNS % WIDTH == 0 && WIDTH <= FULL, "panels tile the accumulator");
-    constexpr int CHUNKS = WIDTH * ELEMENT / 16;                              // 16-byte chunks of a panel's row
+// Where 16-byte chunk c of row r lies in a panel; the 128-byte swizzle of TMA for BF16, a wider one for FP32 pairs.
+DEVICE int swizzle(int r, int c) {
+    return r * 128 + (OUTPUT == OUTPUT_BF16 ? (c ^ (r % 8)) << 4 : (((c >> 1) ^ (r % 4)) << 5) + ((c & 1) << 4));
+}
+
+// WIDTH columns of the accumulator, from register `first` on, into a panel at column `at` (BF16: 16 at a time).
+template <int WIDTH>
+DEVICE void write_panel(const float* sum, char* panel, int at) {
     const int lane = threadIdx.x % 32;
+    if (OUTPUT == OUTPUT_BF16) {
+        const u32 base = smem_address(panel);
 #pragma unroll
-    for (int first = 0; first < COLUMNS; first += WIDTH) {
+        for (int j = 0; j < WIDTH / 16; ++j) {
+            const float* s = sum + 8 * j;
+            store_matrix_x4(base + swizzle(lane % 16, at / 8 + 2 * j + lane / 16), pack_bf16(s[0], s[1]),
+                            pack_bf16(s[2], s[3]), pack_bf16(s[4], s[5]), pack_bf16(s[6], s[7]));
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < WIDTH / 8; ++i) {
+            const float* s = sum + 4 * i;
+            const int r = lane / 4;  // rows r and r + 8 share r % 4, hence the swizzle
+            char* to = panel + swizzle(r, 2 * i) + lane % 4 * 8;
+            *reinterpret_cast<float2*>(to) = make_float2(s[0], s[1]);
+            *reinterpret_cast<float2*>(to + 8 * 128) = make_float2(s[2], s[3]);
+        }
+    }
+}
+
+// WIDTH columns of a panel to D with 16-byte accesses; row, column: the panel's first ones in the tile.
+template <int WIDTH>
+DEVICE void copy_panel(const char* panel, void* d, const Problem& p, const Tile& t, int row, int column) {
+    constexpr int CHUNKS = WIDTH * ELEMENT / 16;
+#pragma unroll
+    for (int i = threadIdx.x % 32; i < 16 * CHUNKS; i += 32) {
+        const int r = i / CHUNKS, chunk = i % CHUNKS;
+        const float4 v = *reinterpret_cast<const float4*>(panel + swizzle(r, chunk));
+        const int n = t.column + column + chunk * (16 / ELEMENT);
+        if (row + r < t.rows && n < p.n) {
+            char* dst = static_cast<char*>(d) + ((t.d_row + row + r) * p.n + n) * ELEMENT;
+            if (OUTPUT == OUTPUT_ADD)
+                reduce_add_v4(reinterpret_cast<float*>(dst), v);
+            else
+                *reinterpret_cast<float4*>(dst) = v;
+        }
+    }
+}
+
+// The warp's 16 rows of HALVES accumulators. row, column: its first ones within the tile; staging: its own memory.
+template <int HALVES, int REGISTERS>
+DEVICE void store(const float (&sum)[HALVES][REGISTERS], char* staging, const TensorMap* map_d, void* d,
+                  const Problem& p, const Tile& t, int row, int column) {
+    constexpr int COLUMNS = REGISTERS * 2, FULL = 128 / ELEMENT;
+    const int lane = threadIdx.x % 32;
+    if constexpr (ASYNC_STORE) {
+        constexpr int PANELS = HALVES * COLUMNS / FULL;
+        if (lane == 0) bulk_wait_read();  // of this warp's previous tile
         __syncwarp();
-        if (OUTPUT == OUTPUT_BF16) {
 #pragma unroll
-            for (int j = 0; j < WIDTH / 16; ++j) {
-                const float* s = sum + first / 2 + 8 * j;
-                const int r = lane % 16, chunk = 2 * j + lane / 16;
-                store_matrix_x4(panel + r * 128 + ((chunk ^ (r % 8)) << 4), pack_bf16(s[0], s[1]),
-                                pack_bf16(s[2], s[3]), pack_bf16(s[4], s[5]), pack_bf16(s[6], s[7]));
+        for (int c = 0; c < HALVES * COLUMNS; c += 16)
+            write_panel<16>(&sum[c / COLUMNS][c % COLUMNS / 2], staging + c / FULL * PANEL_BYTES, c % FULL);
+        fence_async_proxy();
+        __syncwarp();
+        if (t.rows - row >= 16) {
+            if (lane == 0) {
+#pragma unroll
+                for (int i = 0; i < PANELS; ++i)
+                    if (t.column + column + i * FULL < p.n)
+                        tma_store(map_d, smem_address(staging) + i * PANEL_BYTES, t.column + column + i * FULL,
+                                  (int)t.d_row + row);
+                bulk_commit();
             }
         } else {
 #pragma unroll
-            for (int i = 0; i < WIDTH / 8; ++i) {
-                const float* s = sum + first / 2 + 4 * i;
-                const int r = lane / 4;  // rows r and r + 8 share r % 4, hence the swizzle
-                char* at = const_cast<char*>(panel_ptr) + r * 128 + ((i ^ (r % 4)) << 5) + lane % 4 * 8;
-                *reinterpret_cast<float2*>(at) = make_float2(s[0], s[1]);
-                *reinterpret_cast<float2*>(at + 8 * 128) = make_float2(s[2], s[3]);
-            }
+            for (int i = 0; i < PANELS; ++i)
+                copy_panel<FULL>(staging + i * PANEL_BYTES, d, p, t, row, column + i * FULL);
         }
-        __syncwarp();
+    } else {
+        constexpr int WIDTH = COLUMNS % FULL == 0 ? FULL : COLUMNS % 32 == 0 ? 32 : COLUMNS;
+        static_assert(COLUMNS % WIDTH == 0 && WIDTH <= FULL, "panels tile the accumulator");
 #pragma unroll
-        for (int i = lane; i < 16 * CHUNKS; i += 32) {
-            const int r = i / CHUNKS, chunk = i % CHUNKS;
-            const int swizzled = OUTPUT == OUTPUT_BF16 ? chunk ^ (r % 8) : (((chunk >> 1) ^ (r % 4)) << 1) + chunk % 2;
-            const float4 v = *reinterpret_cast<const float4*>(panel_ptr + r * 128 + (swizzled << 4));
-            const int n = t.column + column + first + chunk * (16 / ELEMENT);
-            if (row + r < t.rows && n < p.n) {
-                char* dst = static_cast<char*>(d) + ((t.d_row + row + r) * p.n + n) * ELEMENT;
-                if (OUTPUT == OUTPUT_ADD)
-                    reduce_add_v4(reinterpret_cast<float*>(dst), v);
-                else
-                    *reinterpret_cast<float4*>(dst) = v;
-            }
+        for (int c = 0; c < HALVES * COLUMNS; c += WIDTH) {
+            __syncwarp();
+            write_panel<WIDTH>(&sum[c / COLUMNS][c % COLUMNS / 2], staging, 0);
+            __syncwarp();
+            copy_panel<WIDTH>(staging, d, p, t, row, column + c);
         }
     }
 }

@@ -12,7 +12,7 @@
 // already on their way while the consumers store this one. README.md one folder up draws it.
 //
 // Constants rendered before this file: GROUPING, SCALE_B_BLOCK, OUTPUT, BLOCK_M (64 | 128), BLOCK_N, STAGES, CLUSTER_M,
-// CLUSTER_N. Shapes are arguments, so a handful of compiled kernels serves every model.
+// CLUSTER_N, OVERLAP_PROMOTION, ASYNC_STORE. Shapes are arguments, so a handful of compiled kernels serves every model.
 #include "ptx.cuh"
 #include "scheduler.cuh"
 #include "promote.cuh"
@@ -33,9 +33,9 @@ constexpr int UNROLL = 4;
 constexpr int A_BYTES = BLOCK_M * BLOCK_K;
 constexpr int B_BYTES = BLOCK_N * BLOCK_K;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
-constexpr int SCALES_AT = STAGES * STAGE_BYTES;
-constexpr int PANELS_AT = SCALES_AT + STAGES * SCALE_STAGE * 4;
-constexpr int BARRIERS_AT = PANELS_AT + 8 * PANEL_BYTES;
+constexpr int STAGING_AT = STAGES * STAGE_BYTES;
+constexpr int SCALES_AT = STAGING_AT + 8 * STAGING_BYTES;
+constexpr int BARRIERS_AT = SCALES_AT + STAGES * SCALE_STAGE * 4;
 constexpr int TABLE_AT = BARRIERS_AT + 2 * STAGES * 8;
 static_assert(BLOCK_M == 64 || BLOCK_M == 128, "a consumer warpgroup computes 64 rows");
 static_assert(CLUSTER <= 2, "multicast pairs two CTAs; larger clusters strand SMs");
@@ -43,8 +43,8 @@ static_assert(B_BYTES / CLUSTER_M % 1024 == 0 && A_BYTES / CLUSTER_N % 1024 == 0
 static_assert(HALVES * WGMMA_N == GROUP_N, "whole wgmma tiles");
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const float* __restrict__ scale_a,
-     const float* __restrict__ scale_b, void* d, const int* __restrict__ groups, int* status, int m, int n, int k,
+gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
+     const __grid_constant__ TensorMap map_d, const float* __restrict__ scale_a, const float* __restrict__ scale_b, void* d, const int* __restrict__ groups, int* status, int m, int n, int k,
      int num_groups, int band, int a_rows, int b_rows, int scale_a_stride, int scale_b_stride) {
     extern __shared__ __align__(1024) char smem[];
     const u32 base = smem_address(smem);
@@ -131,7 +131,6 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         // Matrix descriptors of stage 0, in 16-byte units; uniform across the warp so that they live in uniform registers.
         const u32 descriptor_a = __shfl_sync(~0u, (base + (BLOCK_M == 128 ? warpgroup * 64 * BLOCK_K : 0)) >> 4, 0);
         const u32 descriptor_b = __shfl_sync(~0u, (base + A_BYTES + group_column * BLOCK_K) >> 4, 0);
-        const u32 panel = PANELS_AT + warp * PANEL_BYTES;
 
         for (int item = first_item; item < scheduler.num_items; item += step) {
             const Tile t = scheduler.tile(item);
@@ -205,10 +204,9 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                 }
             }
             if (OUTPUT == OUTPUT_ADD && t.num_k_blocks == 0) continue;
-#pragma unroll
-            for (int half = 0; half < HALVES; ++half)
-                store(sum[half], base + panel, smem + panel, d, problem, t, warp_row, group_column + half * WGMMA_N);
+            store(sum, smem + STAGING_AT + warp * STAGING_BYTES, &map_d, d, problem, t, warp_row, group_column);
         }
+        if (ASYNC_STORE && lane == 0) bulk_wait_read();  // shared memory must outlive the stores
     }
     __syncwarp();
     if (CLUSTER > 1) cluster_arrive(), cluster_wait();  // no CTA leaves while its peer still copies or arrives here

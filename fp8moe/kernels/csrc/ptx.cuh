@@ -62,6 +62,15 @@ DEVICE void tma_load_multicast(u32 dst, const TensorMap* map, int x, int y, u32 
         " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(dst), "l"(map), "r"(x), "r"(y), "r"(bar), "h"(mask)
         : "memory");
 }
+// The way back: a box of shared memory to (x, y), in this thread's bulk group (9.7.9.27.5.3).
+DEVICE void tma_store(const TensorMap* map, u32 src, int x, int y) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(src),
+                 "r"(x), "r"(y)
+                 : "memory");
+}
+DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+DEVICE void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }  // sources may be reused
+DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }  // 9.7.13.4 membar
 // cp.async (9.7.9.25.3.1): 4 bytes, or 4 zero bytes where `valid` is false (the source is then not read).
 DEVICE void cp_async_4(u32 dst, const void* src, bool valid) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(valid ? 4 : 0) : "memory");

@@ -14,6 +14,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -182,9 +183,25 @@ template <class... Args> int parameter_sizes(void (*)(Args...), int* sizes) {
 
 // ---- number formats -------------------------------------------------------------------------
 
-inline uint16_t to_f16(float value) { return (uint16_t)raw((_Float16)value); }
-inline float from_f16(uint16_t bits) { return (float)cooked<_Float16>(bits); }
 inline bool is_nan(float value) { return value != value; }
+
+inline uint16_t to_f16(float value) {
+  if (is_nan(value)) return 0x7FFF;
+  uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  float size = std::fabs(value);
+  if (size >= 65520.0f) return sign | 0x7C00;
+  if (size < 0x1p-14f) return sign | (uint16_t)std::lrintf(std::ldexp(size, 24));
+  int exponent = std::ilogb(size);
+  int mantissa = (int)std::lrintf(std::ldexp(size, 10 - exponent));   // 1024..2048
+  return sign | (uint16_t)(((exponent + 15) << 10) + (mantissa - 1024));
+}
+inline float from_f16(uint16_t bits) {
+  int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
+  float size = exponent == 31 ? (mantissa ? NAN : INFINITY)
+               : exponent ? std::ldexp(1024.0f + mantissa, exponent - 25)
+                          : std::ldexp((float)mantissa, -24);
+  return bits & 0x8000 ? -size : size;
+}
 
 inline uint16_t to_bf16(float value) {
   if (is_nan(value)) return 0x7FFF;
@@ -229,8 +246,7 @@ inline uint32_t max_u16x2(uint32_t a, uint32_t b) {
 }
 inline uint32_t mul_f16x2(uint32_t a, uint32_t b) {
   return each16(a, b, [](uint16_t x, uint16_t y) {
-    float product = from_f16(x) * from_f16(y);   // exact in FP32
-    return is_nan(product) ? (uint16_t)0x7FFF : to_f16(product);
+    return to_f16(from_f16(x) * from_f16(y));   // the product is exact in FP32
   });
 }
 // max.NaN of magnitudes: the larger one, or the canonical NaN; the sign is left out.

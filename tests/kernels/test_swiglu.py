@@ -1,0 +1,323 @@
+"""SwiGLU with its casts: the rounded values against FP64, the casts of those values bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fp8moe.kernels import reference, swiglu
+from fp8moe.kernels.fp8tensor import AMAX_FLOOR, FP8_DTYPE, ceil_div, empty_scale
+from fp8moe.kernels.reference.cast import cast_rows_per_channel
+
+Tensors = tuple[torch.Tensor, ...]
+
+pow2s = pytest.mark.parametrize("pow2", [True, False], ids=["pow2", "amax"])
+
+# (T, K, E, I): one token, odd column blocks, empty experts, more row blocks than a panel.
+SHAPES = [(1, 1, 1, 128), (70, 2, 3, 384), (60, 4, 20, 256), (700, 2, 9, 128)]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+# Of a value, relative: one rounding to bf16, and the approximate exponential and reciprocal.
+ROUNDING = 2.0**-8
+# Of dg, relative to |p * da * u|: the two terms of the derivative of silu may cancel.
+CANCELLATION = 2.0**-18
+
+
+class Case:
+    """Inputs of one shape: h and da are NaN in padding rows, which nothing may read."""
+
+    def __init__(self, shape: tuple[int, ...], gain: float = 3.0) -> None:
+        tokens, topk, experts, self.columns = shape
+        ids = torch.randint(0, experts + 1, (tokens, topk))
+        _, self.slots, _, _ = reference.route(ids, experts)
+        self.used = int((self.slots != -2).sum())
+        self.capacity = len(self.slots)
+        self.h = (gain * torch.randn(self.capacity, 2 * self.columns)).bfloat16()
+        self.da = torch.randn(self.capacity, self.columns).bfloat16()
+        self.weights = torch.rand(tokens, topk)
+        self.h[self.slots < 0] = float("nan")
+        self.da[self.slots < 0] = float("inf")
+
+    def exact(self) -> Tensors:
+        """dh, aw, dprob_partial and the scale of dg's cancelling terms in FP64, padding zero."""
+        g, u = self.h.double().nan_to_num(0.0, 0.0, 0.0).chunk(2, dim=1)
+        da = self.da.double().nan_to_num(0.0, 0.0, 0.0)
+        p = self.weights.double().view(-1)[self.slots.clamp_min(0).long()][:, None]
+        p[self.slots < 0] = 0
+        s = torch.sigmoid(g)
+        a = g * s * u
+        dg = p * da * u * s * (1 + g * (1 - s))
+        dh = torch.cat([dg, p * da * g * s], dim=1)
+        terms = torch.cat([p * da * u, torch.zeros_like(u)], dim=1).abs()
+        partial = (da * a).view(self.capacity, -1, 128).sum(2).t()
+        sizes = (da * a).abs().view(self.capacity, -1, 128).sum(2).t()
+        return dh, p * a, partial, sizes, terms
+
+    def forward(self, device: torch.device, pow2: bool) -> Tensors:
+        """data, scale and the rounded activation."""
+        args = (self.h, self.weights, self.slots)
+        rounded = reference.swiglu_rows(*args)
+        if device.type == "cuda":
+            args = tuple(t.to(device) for t in args)
+            rounded = rounded.to(device).fill_(float("nan"))
+            return (*swiglu._launch_forward(*args, pow2, rounded), rounded)
+        return (*swiglu.swiglu_cast(*args, pow2), rounded)
+
+    def backward(self, device: torch.device, pow2: bool) -> Tensors:
+        """The seven outputs, rounded dh and rounded aw."""
+        args = (self.h, self.da, self.weights, self.slots)
+        dh, aw, _ = reference.swiglu_backward_rows(*args)
+        if device.type == "cuda":
+            args = tuple(t.to(device) for t in args)
+            dh, aw = (t.to(device).fill_(float("nan")) for t in (dh, aw))
+            return (*swiglu._launch_backward(*args, pow2, dh, aw), dh, aw)
+        return (*swiglu.swiglu_backward_cast(*args, pow2), dh, aw)
+
+
+def assert_close(
+    name: str, got: torch.Tensor, exact: torch.Tensor, extra: torch.Tensor | float = 0.0
+) -> None:
+    """|got - exact| <= ROUNDING * |exact| + extra, element by element, down to 1e-35.
+
+    Below that the sigmoid is subnormal, which the kernel flushes to zero.
+    """
+    error = (got.cpu().double() - exact).abs()
+    bound = ROUNDING * exact.abs() + extra + 1e-35
+    assert not error.isnan().any(), f"{name}: NaN"
+    worst = int((error / bound).argmax())
+    assert bool((error <= bound).all()), (
+        f"{name}: got {got.flatten()[worst]}, expected {exact.flatten()[worst]}"
+    )
+
+
+def assert_bits(name: str, got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal bytes or, for scales, equal values; NaN equal to NaN."""
+    got = got.cpu()
+    assert got.shape == expected.shape, name
+    if got.dtype == FP8_DTYPE:
+        assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8)), name
+    else:
+        assert bool(((got == expected) | (got.isnan() & expected.isnan())).all()), name
+
+
+def assert_per_token(name: str, rows: torch.Tensor, out: Tensors, pow2: bool) -> None:
+    used = len(rows)
+    data, scale = reference.cast_per_token(rows.cpu(), pow2)
+    assert_bits(f"{name} data", out[0][:used], data)
+    assert_bits(f"{name} scale", out[1][:used], scale)
+
+
+def assert_per_channel(name: str, rows: torch.Tensor, out: Tensors, pow2: bool) -> None:
+    used = len(rows)
+    data, scale = cast_rows_per_channel(rows.cpu(), used, pow2)
+    assert_bits(f"{name} data", out[0][:, :used], data)
+    assert_bits(f"{name} scale", out[1][:, : used // 128], scale)
+
+
+def assert_casts(case: Case, out: Tensors, pow2: bool) -> None:
+    """The casts of a backward pass are those of its rounded values."""
+    dh, aw = out[7][: case.used], out[8][: case.used]
+    assert_per_token("dh", dh, out[0:2], pow2)
+    assert_per_channel("dh_t", dh, out[2:4], pow2)
+    assert_per_channel("aw_t", aw, out[4:6], pow2)
+
+
+# ------------------------------------------------------------------------------------------- values
+
+
+@shapes
+@pow2s
+def test_forward(device: torch.device, shape: tuple[int, ...], pow2: bool) -> None:
+    case = Case(shape)
+    data, scale, rounded = case.forward(device, pow2)
+    used = case.used
+    assert_close("aw", rounded[:used], case.exact()[1][:used])
+    assert_per_token("aw", rounded[:used], (data, scale), pow2)
+    assert scale.stride() == empty_scale(*scale.shape).stride()
+
+
+@shapes
+@pow2s
+def test_backward(device: torch.device, shape: tuple[int, ...], pow2: bool) -> None:
+    case = Case(shape)
+    out = case.backward(device, pow2)
+    used = case.used
+    dh, aw, partial, sizes, terms = case.exact()
+    assert_close("dh", out[7][:used], dh[:used], CANCELLATION * terms[:used])
+    assert_close("aw", out[8][:used], aw[:used])
+    assert_casts(case, out, pow2)
+    error = (out[6][:, :used].cpu().double() - partial[:, :used]).abs()
+    assert bool((error <= 1e-5 * sizes[:, :used]).all())
+
+
+@pow2s
+def test_padding_is_zero(device: torch.device, pow2: bool) -> None:
+    case = Case((5, 1, 1, 128))
+    pad = (case.slots == -1).nonzero().flatten()
+    outputs = (*case.forward(device, pow2)[:2], *case.backward(device, pow2)[:7])
+    data, scale, dh, dh_scale, dh_t, _, aw_t, _, dprob = (t.cpu() for t in outputs)
+    for rows in (data, dh, dh_t.view(torch.uint8).t(), aw_t.view(torch.uint8).t()):
+        assert not rows.view(torch.uint8)[pad].any()
+    floor = reference.cast_per_token(torch.zeros(1, 128).bfloat16(), pow2)[1]
+    assert floor.item() >= AMAX_FLOOR / 448
+    assert (scale[pad] == floor).all() and (dh_scale[pad] == floor).all()
+    assert not dprob[:, pad].any()
+
+
+def test_extreme_values(device: torch.device) -> None:
+    """Rows of zeros, of huge and of tiny values, and gates where the sigmoid is 0 or 1."""
+    case = Case((300, 1, 2, 256))
+    rows = (case.slots >= 0).nonzero().flatten()
+    h, da, columns = case.h, case.da, case.columns
+    h[rows[3]] = 0
+    da[rows[4]] = 0
+    h[rows[5], :columns] = -100
+    h[rows[6], :columns] = 100
+    h[rows[7]] *= 2.0**60
+    h[rows[8], columns:] *= 2.0**-60
+    da[rows[9]] *= 2.0**30
+    da[rows[10]] *= 2.0**-30
+    for pow2 in (True, False):
+        out = case.backward(device, pow2)
+        used = case.used
+        dh, aw, _, _, terms = case.exact()
+        assert_close("dh", out[7][:used], dh[:used], CANCELLATION * terms[:used])
+        assert_close("aw", out[8][:used], aw[:used])
+        assert_casts(case, out, pow2)
+        data, scale, rounded = case.forward(device, pow2)
+        assert_close("aw", rounded[:used], aw[:used])
+        assert_per_token("aw", rounded[:used], (data, scale), pow2)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("where", ["gate", "up", "da"])
+def test_a_bad_value_stays_in_its_blocks(device: torch.device, where: str, bad: float) -> None:
+    case = Case((300, 1, 2, 256))
+    row = int((case.slots == 200).nonzero())
+    if where == "da":
+        case.da[row, 130] = bad
+    else:
+        case.h[row, 130 + (case.columns if where == "up" else 0)] = bad
+    for pow2 in (True, False):
+        out = case.backward(device, pow2)
+        assert_casts(case, out, pow2)
+        bad_rows = out[1][: case.used].isnan().nonzero().tolist()
+        assert bad_rows and all(r == row and block in (1, 3) for r, block in bad_rows)
+        for scale in (out[3], out[5]):
+            for channel, block in scale[:, : case.used // 128].isnan().nonzero().tolist():
+                assert channel % case.columns == 130 and block == row // 128
+        data, scale, rounded = case.forward(device, pow2)
+        assert_per_token("aw", rounded[: case.used], (data, scale), pow2)
+        assert scale[: case.used].isnan().nonzero().tolist() in ([], [[row, 1]])
+    spoiled = ~out[6][:, : case.used].isfinite()
+    assert spoiled.nonzero().tolist() in ([], [[1, row]])
+
+
+def test_two_runs_are_equal(device: torch.device) -> None:
+    case = Case((400, 2, 5, 256))
+    first, second = case.backward(device, True), case.backward(device, True)
+    used = case.used
+    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        if a.dtype == FP8_DTYPE:
+            a, b = a.view(torch.uint8), b.view(torch.uint8)
+        wide = a.shape[0] == case.capacity
+        blocks = used if a.shape[1] == case.capacity else used // 128
+        at = (slice(used), slice(None)) if wide else (slice(None), slice(blocks))
+        assert torch.equal(a[at], b[at]), f"output {i}"
+
+
+@pytest.mark.parametrize("planted", ["weight", "derivative", "one row", "sum", "byte"])
+def test_a_planted_error_is_noticed(planted: str) -> None:
+    case = Case((70, 2, 3, 256))
+    used = case.used
+    dh, aw, partial, sizes, terms = case.exact()
+    out = [t.clone() for t in case.backward(torch.device("cpu"), True)]
+    assert_close("dh", out[7][:used], dh[:used], CANCELLATION * terms[:used])
+    if planted == "sum":
+        error = (out[6].double() * (1 + 1e-3) - partial)[:, :used].abs()
+        assert not bool((error <= 1e-5 * sizes[:, :used]).all())
+        return
+    if planted == "byte":
+        out[2].view(torch.uint8)[11, 7] ^= 1
+        with pytest.raises(AssertionError, match="dh_t data"):
+            assert_casts(case, tuple(out), True)
+        return
+    if planted == "weight":  # the routing weight of the next slot
+        case.weights = case.weights.flatten().roll(1).view_as(case.weights)
+        wrong = case.backward(torch.device("cpu"), True)[7]
+    elif planted == "derivative":  # that of a sigmoid of slope 1.01
+        wrong = (out[7].float() * 1.01).bfloat16()
+    else:
+        wrong = out[7].clone()
+        wrong[(case.slots >= 0).nonzero()[9]] *= 1.02
+    with pytest.raises(AssertionError, match="dh: got"):
+        assert_close("dh", wrong[:used], dh[:used], CANCELLATION * terms[:used])
+
+
+# ----------------------------------------------------------------------------- shapes and bad input
+
+
+def test_fake_outputs_match_real_ones() -> None:
+    case = Case((50, 2, 3, 256))
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
+        (swiglu.swiglu_cast, (case.h, case.weights, case.slots, True)),
+        (swiglu.swiglu_backward_cast, (case.h, case.da, case.weights, case.slots, True)),
+    ]
+    for call, args in calls:
+        real = call(*args)
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
+            fake = call(*fakes)
+        for r, f in zip(real, fake, strict=True):
+            assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype), call
+    assert real[6].shape == (ceil_div(256, 128), case.capacity)
+
+
+SLOTS = torch.full((128,), -2, dtype=torch.int32)
+H = torch.zeros((128, 256), dtype=torch.bfloat16)
+DA = torch.zeros((128, 128), dtype=torch.bfloat16)
+P = torch.zeros((4, 2))
+
+BAD_CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
+    "h dtype": (swiglu.swiglu_cast, (H.float(), P, SLOTS, True), "h: expected torch.bfloat16"),
+    "h rows": (swiglu.swiglu_cast, (H[:64], P, SLOTS, True), r"h: expected shape \(128, 256\)"),
+    "h odd": (swiglu.swiglu_cast, (H[:, :255], P, SLOTS, True), "h: expected shape"),
+    "h width": (
+        swiglu.swiglu_cast,
+        (H[:, :64].contiguous(), P, SLOTS, True),
+        "h: I: expected a multiple of 128, got 32",
+    ),
+    "h stride": (swiglu.swiglu_cast, (H.t().contiguous().t(), P, SLOTS, True), "h: expected a con"),
+    "weights dtype": (
+        swiglu.swiglu_cast,
+        (H, P.bfloat16(), SLOTS, True),
+        "topk_weights: expected torch.float32, got torch.bfloat16",
+    ),
+    "map dtype": (swiglu.swiglu_cast, (H, P, SLOTS.long(), True), "slot_of_row: expected torch.in"),
+    "da dtype": (
+        swiglu.swiglu_backward_cast,
+        (H, DA.half(), P, SLOTS, True),
+        "da: expected torch.",
+    ),
+    "da width": (
+        swiglu.swiglu_backward_cast,
+        (H, DA[:, :64].contiguous(), P, SLOTS, True),
+        r"h: expected shape \(128, 128\), got \(128, 256\)",
+    ),
+    "da rows": (
+        swiglu.swiglu_backward_cast,
+        (H, DA[:64], P, SLOTS, True),
+        r"da: expected shape \(128, 128\), got \(64, 128\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_arguments_are_named(case: str) -> None:
+    call, args, message = BAD_CALLS[case]
+    with pytest.raises(ValueError, match=message):
+        call(*args)
