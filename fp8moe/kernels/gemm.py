@@ -37,7 +37,7 @@ def _specs(grouping: Grouping, output: Output, tile: Tile) -> jit.KernelSpec:
             ("CLUSTER_M", tile.cluster_m),
             ("CLUSTER_N", tile.cluster_n),
             ("OVERLAP_PROMOTION", int(tile.overlap(block_scales))),
-            ("ASYNC_STORE", int(tile.async_store)),
+            ("ASYNC_STORE", int(tile.async_store(block_scales))),
         ),
     )
 
@@ -113,7 +113,7 @@ def _launch(
             box_cols=64,
             swizzle=128,
         )
-        if tile.async_store
+        if tile.async_store(block_scales)
         else map_a
     )
     cluster = tile.cluster_m * tile.cluster_n

@@ -24,7 +24,10 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32, 8)
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum[c][i] = 0.0f;
 
-  for (int k0 = 0; k0 < topk; k0 += kRows) {
+  // The host picks ROWS >= topk where there is one: only the widest kernel needs several rounds, and
+  // only it has to keep sums across them.
+  int rounds_end = kRows < 8 ? 1 : topk;
+  for (int k0 = 0; k0 < rounds_end; k0 += kRows) {
     int row[kRows];
 #pragma unroll
     for (int k = 0; k < kRows; ++k) row[k] = k0 + k < topk ? __ldg(map + k0 + k) : -1;
