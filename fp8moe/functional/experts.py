@@ -98,7 +98,8 @@ class SwigluExperts(torch.autograd.Function):
             ctx.config, ctx.x_dtype = config, x.dtype
             ctx.w13, ctx.w2 = owner(w13), owner(w2)
             ctx.w13_dtype, ctx.w2_dtype = w13.dtype, w2.dtype
-        return y.to(dtype)
+        # Not a plain .to: where that returns y itself, torch 2.11 compiles zero gradients.
+        return y if y.dtype == dtype else y.to(dtype)
 
     @staticmethod
     @once_differentiable

@@ -72,7 +72,8 @@ class GroupedLinear(torch.autograd.Function):
         ctx.config, ctx.kind = config, kinds[2]
         ctx.x_dtype, ctx.w_dtype = x.dtype, w.dtype
         ctx.w = owner(w) if need_w else None
-        return y.to(dtype)
+        # Not a plain .to: where that returns y itself, torch 2.11 compiles zero gradients.
+        return y if y.dtype == dtype else y.to(dtype)
 
     @staticmethod
     @once_differentiable

@@ -44,7 +44,7 @@ class Config:
     grad_accumulation: int = _option(1, "micro-batches in a step")
     steps: int = _option(450, "optimizer steps")
 
-    lr: float = _option(3e-3, "peak learning rate")
+    lr: float = _option(2e-3, "peak learning rate")
     min_lr: float = _option(0.1, "last learning rate, as a share of the peak")
     warmup_steps: int = _option(45, "steps of linear warm-up before the cosine")
     weight_decay: float = _option(0.1, "AdamW weight decay of the matrices")

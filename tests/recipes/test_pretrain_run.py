@@ -42,7 +42,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _arguments(text: Path, runs: Path, name: str, *more: str, **changes: object) -> list[str]:
+def _arguments(text: Path, runs: Path, name: str, /, *more: str, **changes: object) -> list[str]:
     words = ["--runs-dir", str(runs), "--name", name, "--data", str(text), "--preset", "cpu"]
     for key, value in {**TINY, **changes}.items():
         words += [f"--{key.replace('_', '-')}", str(value)]

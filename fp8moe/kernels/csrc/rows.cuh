@@ -1,8 +1,8 @@
 // Eight rows of eight elements: what a thread of a cast kernel loads, casts and stores.
 //
-// Built for INPUT = Bf16 | F16 | F32, POW2 = 0 | 1, ALIGNED = 0 | 1. Sizes are arbitrary. ALIGNED says
-// that rows, of the input and of every output, hold whole vectors and start on vector boundaries;
-// otherwise elements are moved one by one.
+// Built for INPUT = Bf16 | F16 | F32, POW2 = 0 | 1, ALIGNED = 0 | 1. Sizes are arbitrary. ALIGNED
+// says that rows, of the input and of every output, hold whole vectors and start on vector
+// boundaries; otherwise elements are moved one by one.
 #pragma once
 #include "byte_transpose.cuh"
 
