@@ -132,12 +132,12 @@ def layer_cases(shape: Shape) -> list[Case]:
         Case("route", lambda: permute.route(ids, experts), nbytes(ids, *maps)),
         Case(
             "permute_rows",
-            lambda: permute.permute_rows(x, slot_of_row, topk),
+            lambda: permute.permute_rows(x, row_of_slot, slot_of_row),
             nbytes(x) + row_map + 2 * rows * hidden,
         ),
         Case(
             "permute_fp8",
-            lambda: permute.permute_fp8(*x8, slot_of_row, topk),
+            lambda: permute.permute_fp8(*x8, row_of_slot, slot_of_row),
             nbytes(*x8) + row_map + fp8_rows,
         ),
         Case(

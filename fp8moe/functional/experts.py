@@ -70,7 +70,7 @@ class SwigluExperts(torch.autograd.Function):
 
         p = Permutation.of(topk_ids, w13.shape[0])
         x8 = FP8Tensor(*cast_per_token(x, pow2))
-        xp8 = FP8Tensor(*permute_fp8(*x8, p.slot_of_row, topk_ids.shape[1]))
+        xp8 = FP8Tensor(*permute_fp8(*x8, p.row_of_slot, p.slot_of_row))
         h = m_grouped_gemm_nt(xp8, w13_8, p.group_ends)
         del xp8
         a8 = FP8Tensor(*swiglu_cast(h, topk_weights, p.slot_of_row, pow2))
@@ -120,7 +120,7 @@ def _swiglu_experts_backward(ctx: Any, dy: Tensor) -> Any:
 
     if config.save == "recompute":
         w13_8 = held(*held_w[4:], pow2=pow2_w, transposed=False)
-        xp8 = FP8Tensor(*permute_fp8(*x8, slot_of_row, topk))
+        xp8 = FP8Tensor(*permute_fp8(*x8, row_of_slot, slot_of_row))
         h = m_grouped_gemm_nt(xp8, w13_8, ends)
         del xp8
     elif h_scale is not None:
@@ -134,7 +134,7 @@ def _swiglu_experts_backward(ctx: Any, dy: Tensor) -> Any:
         *dyp8, dy_data_t, dy_scale_t = permute_fp8_both(*dy8, slot_of_row, topk, pow2)
         dy_t = FP8Tensor(dy_data_t, dy_scale_t)
     elif need_da:
-        dyp8 = list(permute_fp8(*dy8, slot_of_row, topk))
+        dyp8 = list(permute_fp8(*dy8, row_of_slot, slot_of_row))
     else:
         dy_t = FP8Tensor(*permute_fp8_to_channel(*dy8, slot_of_row, topk, pow2))
     if need_da:

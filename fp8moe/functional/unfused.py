@@ -42,14 +42,14 @@ class Permutation(NamedTuple):
 
 
 class PermuteRows(torch.autograd.Function):
-    """x_R[r] = x_T[slot_of_row[r] // K]; the gradient is the sum over a token's rows."""
+    """x_R[row_of_slot[t, k]] = x_T[t]; the gradient is the sum over a token's rows."""
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(row_of_slot)
-        return permute_rows(x, slot_of_row, row_of_slot.shape[1])
+        return permute_rows(x, row_of_slot, slot_of_row)
 
     @staticmethod
     @once_differentiable
@@ -65,15 +65,13 @@ class GatherSum(torch.autograd.Function):
     def forward(
         ctx: Any, y: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor
     ) -> torch.Tensor:
-        ctx.save_for_backward(slot_of_row)
-        ctx.topk = row_of_slot.shape[1]
+        ctx.save_for_backward(row_of_slot, slot_of_row)
         return gather_sum(y, row_of_slot)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        (slot_of_row,) = ctx.saved_tensors
-        return permute_rows(dy.contiguous(), slot_of_row, ctx.topk), None, None
+        return permute_rows(dy.contiguous(), *ctx.saved_tensors), None, None
 
 
 def _weight_of_row(topk_weights: torch.Tensor, slot_of_row: torch.Tensor) -> torch.Tensor:

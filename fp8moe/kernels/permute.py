@@ -39,12 +39,9 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 THREADS = 256
-
-# A gather walks the rows one column strip at a time, so that a strip of all tokens stays in L2
-# while the K rows of a token are read. This is the part of the L2 we count on.
-L2_STRIP_BYTES = 24 << 20
-STRIP_BYTES = (1024, 256)
-STRIP_TILE_BYTES = 32768
+PERMUTE_WARPS = THREADS // 32
+PERMUTE_RUN_BYTES = 2048
+"""What a warp of permute_rows moves of a token's row."""
 
 
 def _check_topk(topk: int) -> None:
@@ -52,14 +49,15 @@ def _check_topk(topk: int) -> None:
         raise ValueError(f"topk: expected at least 1, got {topk}")
 
 
-def _check_fp8(
-    data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int
-) -> None:
+def _check_maps(x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor) -> None:
+    check_tensor("row_of_slot", row_of_slot, (x.shape[0], None), (torch.int32,), x.device)
+    check_slot_of_row(slot_of_row, x.device)
+
+
+def _check_fp8(data: torch.Tensor, scale: torch.Tensor) -> None:
     check_tensor("data", data, (None, None), (FP8_DTYPE,))
     check_multiple("data: H", data.shape[1], BLOCK)
     check_scale("scale", scale, data)
-    check_slot_of_row(slot_of_row, data.device)
-    _check_topk(topk)
 
 
 # ---- kernels -----------------------------------------------------------------------------------
@@ -77,17 +75,13 @@ def divisor(value: int) -> tuple[ctypes.c_uint32, int]:
     return ctypes.c_uint32(ceil_div(1 << (32 + shift), value)), shift
 
 
-def _permute_spec(strip_bytes: int, with_scale: bool) -> jit.KernelSpec:
-    return jit.KernelSpec(
-        "permute.cuh",
-        "permute_rows",
-        (("STRIP_BYTES", strip_bytes), ("WITH_SCALE", int(with_scale))),
-    )
+def _permute_spec(with_scale: bool) -> jit.KernelSpec:
+    return jit.KernelSpec("permute.cuh", "permute_rows", (("WITH_SCALE", int(with_scale)),))
 
 
 @functools.cache
-def _permute_kernel(strip_bytes: int, with_scale: bool) -> launch.Kernel:
-    return jit.load(_permute_spec(strip_bytes, with_scale))
+def _permute_kernel(with_scale: bool) -> launch.Kernel:
+    return jit.load(_permute_spec(with_scale))
 
 
 def _to_channel_spec(pow2: bool, with_rows: bool) -> jit.KernelSpec:
@@ -106,7 +100,7 @@ def _to_channel_kernel(pow2: bool, with_rows: bool) -> launch.Kernel:
 def kernel_specs() -> list[jit.KernelSpec]:
     """Every kernel configuration that this module can launch."""
     specs = routing.kernel_specs() + gather.kernel_specs()
-    specs += [_permute_spec(strip, scale) for strip in STRIP_BYTES for scale in (False, True)]
+    specs += [_permute_spec(with_scale) for with_scale in (False, True)]
     specs += [_to_channel_spec(pow2, rows) for pow2 in (False, True) for rows in (False, True)]
     return specs
 
@@ -116,26 +110,29 @@ def _launch_permute(
     out: torch.Tensor,
     scale: torch.Tensor | None,
     scale_out: torch.Tensor | None,
+    row_of_slot: torch.Tensor,
     slot_of_row: torch.Tensor,
-    topk: int,
 ) -> None:
     rows, columns = out.shape
+    tokens, topk = row_of_slot.shape
     row_bytes = columns * out.element_size()
     if row_bytes == 0:
         return
-    fits = len(source) * STRIP_BYTES[0] <= L2_STRIP_BYTES
-    strip = STRIP_BYTES[0] if fits else STRIP_BYTES[1]
-    check_aligned(source=source, slot_of_row=slot_of_row)
-    kernel = _permute_kernel(strip, scale is not None)
-    multiplier, shift = divisor(topk)
-    kernel(
-        (rows // (STRIP_TILE_BYTES // strip), ceil_div(row_bytes, strip)),
+    check_aligned(source=source)
+    row_blocks = rows // BLOCK
+    multiplier, shift = divisor(max(1, topk))
+    _permute_kernel(scale is not None)(
+        (row_blocks + ceil_div(tokens, PERMUTE_WARPS), ceil_div(row_bytes, PERMUTE_RUN_BYTES)),
         THREADS,
         (
             source,
             out,
+            row_of_slot,
             slot_of_row,
+            tokens,
+            topk,
             row_bytes,
+            row_blocks,
             multiplier,
             shift,
             scale,
@@ -146,27 +143,35 @@ def _launch_permute(
     )
 
 
-def _permute_rows_cuda(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int) -> torch.Tensor:
-    out = _permute_rows_fake(x, slot_of_row, topk)
-    _launch_permute(x, out, None, None, slot_of_row, topk)
+def _permute_rows_cuda(
+    x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor
+) -> torch.Tensor:
+    out = _permute_rows_fake(x, row_of_slot, slot_of_row)
+    _launch_permute(x, out, None, None, row_of_slot, slot_of_row)
     return out
 
 
-def _permute_rows_fake(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int) -> torch.Tensor:
+def _permute_rows_fake(
+    x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor
+) -> torch.Tensor:
     return x.new_empty((slot_of_row.shape[0], x.shape[1]))
 
 
 def _permute_fp8_cuda(
-    data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int
+    data: torch.Tensor, scale: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor
 ) -> Pair:
-    out, scale_out = _permute_fp8_fake(data, scale, slot_of_row, topk)
-    _launch_permute(data, out, scale, scale_out, slot_of_row, topk)
+    out, scale_out = _permute_fp8_fake(data, scale, row_of_slot, slot_of_row)
+    _launch_permute(data, out, scale, scale_out, row_of_slot, slot_of_row)
     return out, scale_out
 
 
 def _permute_fp8_fake(
-    data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int
+    data: torch.Tensor, scale: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor
 ) -> Pair:
+    return _rows_like(data, slot_of_row)
+
+
+def _rows_like(data: torch.Tensor, slot_of_row: torch.Tensor) -> Pair:
     capacity, columns = slot_of_row.shape[0], data.shape[1]
     return (
         data.new_empty((capacity, columns)),
@@ -234,7 +239,7 @@ def _permute_fp8_to_channel_fake(
 def _permute_fp8_both_cuda(
     data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
 ) -> Four:
-    rows = _permute_fp8_fake(data, scale, slot_of_row, topk)
+    rows = _rows_like(data, slot_of_row)
     channel = _permute_fp8_to_channel_fake(data, scale, slot_of_row, topk, pow2)
     _launch_to_channel(data, scale, slot_of_row, topk, pow2, rows, channel)
     return *rows, *channel
@@ -244,7 +249,7 @@ def _permute_fp8_both_fake(
     data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
 ) -> Four:
     return (
-        *_permute_fp8_fake(data, scale, slot_of_row, topk),
+        *_rows_like(data, slot_of_row),
         *_permute_fp8_to_channel_fake(data, scale, slot_of_row, topk, pow2),
     )
 
@@ -252,13 +257,14 @@ def _permute_fp8_both_fake(
 # ---- operators ---------------------------------------------------------------------------------
 
 _permute_rows = registry.define_op(
-    "permute_rows(Tensor x, Tensor slot_of_row, int topk) -> Tensor",
+    "permute_rows(Tensor x, Tensor row_of_slot, Tensor slot_of_row) -> Tensor",
     cpu=reference.permute_rows,
     cuda=_permute_rows_cuda,
     fake=_permute_rows_fake,
 )
 _permute_fp8 = registry.define_op(
-    "permute_fp8(Tensor data, Tensor scale, Tensor slot_of_row, int topk) -> (Tensor, Tensor)",
+    "permute_fp8(Tensor data, Tensor scale, Tensor row_of_slot, Tensor slot_of_row)"
+    " -> (Tensor, Tensor)",
     cpu=reference.permute_fp8,
     cuda=_permute_fp8_cuda,
     fake=_permute_fp8_fake,
@@ -279,13 +285,15 @@ _permute_fp8_both = registry.define_op(
 )
 
 
-def permute_rows(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int) -> torch.Tensor:
-    """out[r] = x[slot_of_row[r] // topk]; zero in padding, undefined past the last group.
+def permute_rows(
+    x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor
+) -> torch.Tensor:
+    """out[row_of_slot[t, k]] = x[t]; zero in padding, undefined past the last group.
 
     Args:
         x: (T, H) bfloat16, contiguous, H a multiple of 8.
+        row_of_slot: (T, K) int32 from `route`.
         slot_of_row: (Rcap,) int32 from `route`.
-        topk: K, slots per token.
 
     Returns: (Rcap, H) bfloat16.
 
@@ -293,28 +301,28 @@ def permute_rows(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int) -> torch
     """
     check_tensor("x", x, (None, None), (torch.bfloat16,))
     check_multiple("x: H", x.shape[1], 8)
-    check_slot_of_row(slot_of_row, x.device)
-    _check_topk(topk)
-    return _permute_rows(x, slot_of_row, topk)
+    _check_maps(x, row_of_slot, slot_of_row)
+    return _permute_rows(x, row_of_slot, slot_of_row)
 
 
 def permute_fp8(
-    data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int
+    data: torch.Tensor, scale: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor
 ) -> Pair:
-    """data_out[r] = data[slot_of_row[r] // topk], scale likewise: bytes move, nothing is rounded.
+    """data_out[row_of_slot[t, k]] = data[t], scale likewise: bytes move, nothing is rounded.
 
     Args:
         data: (T, H) float8_e4m3fn, contiguous, H a multiple of 128.
         scale: (T, H/128) float32, per_token, MN-major.
+        row_of_slot: (T, K) int32 from `route`.
         slot_of_row: (Rcap,) int32 from `route`.
-        topk: K, slots per token.
 
     Returns: data (Rcap, H) and scale (Rcap, H/128), MN-major. Padding: zero data, scale 2**-56.
 
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
-    _check_fp8(data, scale, slot_of_row, topk)
-    return _permute_fp8(data, scale, slot_of_row, topk)
+    _check_fp8(data, scale)
+    _check_maps(data, row_of_slot, slot_of_row)
+    return _permute_fp8(data, scale, row_of_slot, slot_of_row)
 
 
 def permute_fp8_to_channel(
@@ -335,7 +343,9 @@ def permute_fp8_to_channel(
 
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
-    _check_fp8(data, scale, slot_of_row, topk)
+    _check_fp8(data, scale)
+    check_slot_of_row(slot_of_row, data.device)
+    _check_topk(topk)
     return _permute_fp8_to_channel(data, scale, slot_of_row, topk, pow2)
 
 
@@ -350,5 +360,7 @@ def permute_fp8_both(
 
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
-    _check_fp8(data, scale, slot_of_row, topk)
+    _check_fp8(data, scale)
+    check_slot_of_row(slot_of_row, data.device)
+    _check_topk(topk)
     return _permute_fp8_both(data, scale, slot_of_row, topk, pow2)

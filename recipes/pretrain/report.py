@@ -221,7 +221,7 @@ def _draw_memory(axis: Any, records: Records, config: Config) -> None:
     for model in config.twins:
         steps, sizes = series(records, SPEED, model, "memory_bytes")
         axis.plot(steps, [s / 2**30 for s in sizes], color=COLORS[model], label=NAMES[model])
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.2 * axis.get_ylim()[1])
     axis.set_xlabel("step")
     axis.set_ylabel("GiB")
     axis.grid(alpha=0.3)

@@ -19,7 +19,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 # (T, K, E, H): one token, odd column blocks, empty experts, many experts.
 SHAPES = [(1, 1, 1, 128), (40, 2, 3, 128), (150, 2, 4, 384), (100, 8, 40, 256)]
-LONG = (25000, 1, 2, 128)  # more tokens than fit L2 in a wide strip
+LONG = (25000, 1, 2, 128)
 
 KINDS = ("gaussian", "masked", "near", "spread", "quiet columns", "non-finite")
 
@@ -95,12 +95,12 @@ def assert_same(got: Tensors, expected: Tensors) -> None:
 )
 def test_permute_rows(device: torch.device, shape: tuple[int, ...], hidden: int) -> None:
     tokens, topk, experts, _ = shape
-    _, slot_of_row, _, _ = reference.route(topk_ids(tokens, topk, experts), experts)
+    row_of_slot, slot_of_row, _, _ = reference.route(topk_ids(tokens, topk, experts), experts)
     x = torch.randn(tokens, hidden).bfloat16()
     used = used_rows(slot_of_row)
-    got = permute.permute_rows(x.to(device), slot_of_row.to(device), topk)
+    got = permute.permute_rows(x.to(device), row_of_slot.to(device), slot_of_row.to(device))
     assert got.shape == (len(slot_of_row), hidden)
-    assert same(got[:used], reference.permute_rows(x, slot_of_row, topk)[:used])
+    assert same(got[:used], reference.permute_rows(x, row_of_slot, slot_of_row)[:used])
 
 
 @pytest.mark.parametrize(
@@ -111,13 +111,15 @@ def test_fp8_movements(
     device: torch.device, shape: tuple[int, ...], kind: str, pow2_in: bool
 ) -> None:
     tokens, topk, experts, hidden = shape
-    _, slot_of_row, _, _ = reference.route(topk_ids(tokens, topk, experts), experts)
+    row_of_slot, slot_of_row, _, _ = reference.route(topk_ids(tokens, topk, experts), experts)
     used = used_rows(slot_of_row)
     data, scale = fp8_input(tokens, hidden, kind, pow2_in)
-    args = (data.to(device), to_device(scale, device), slot_of_row.to(device), topk)
+    x8 = (data.to(device), to_device(scale, device))
+    maps = (row_of_slot.to(device), slot_of_row.to(device))
+    args = (*x8, maps[1], topk)
 
-    expected_rows = rows_used(reference.permute_fp8(data, scale, slot_of_row, topk), used)
-    assert_same(rows_used(permute.permute_fp8(*args), used), expected_rows)
+    expected_rows = rows_used(reference.permute_fp8(data, scale, row_of_slot, slot_of_row), used)
+    assert_same(rows_used(permute.permute_fp8(*x8, *maps), used), expected_rows)
     for pow2 in (True, False):
         expected = reference.permute_fp8_to_channel(data, scale, slot_of_row, topk, pow2)
         expected = columns_used(expected, used)
@@ -191,7 +193,7 @@ def test_gather_sum_of_permuted_rows_is_k_times_x(device: torch.device) -> None:
     ids = torch.randint(0, 6, (tokens, topk), device=device)
     row_of_slot, slot_of_row, _, _ = permute.route(ids, 6)
     x = torch.randn(tokens, 64, device=device).bfloat16()
-    rows = permute.permute_rows(x, slot_of_row, topk)
+    rows = permute.permute_rows(x, row_of_slot, slot_of_row)
     assert torch.equal(permute.gather_sum(rows, row_of_slot), topk * x)
 
 
@@ -215,10 +217,10 @@ def test_two_runs_are_equal(device: torch.device) -> None:
 
 @pytest.mark.parametrize("planted", ["byte", "swapped rows", "stale padding", "scale"])
 def test_a_planted_error_is_noticed(planted: str) -> None:
-    _, slot_of_row, _, _ = reference.route(topk_ids(40, 2, 3), 3)
+    row_of_slot, slot_of_row, _, _ = reference.route(topk_ids(40, 2, 3), 3)
     used = used_rows(slot_of_row)
     data, scale = fp8_input(40, 128, "gaussian", True)
-    expected = rows_used(reference.permute_fp8(data, scale, slot_of_row, 2), used)
+    expected = rows_used(reference.permute_fp8(data, scale, row_of_slot, slot_of_row), used)
     rows, rows_scale = (t.clone() for t in expected)
     bytes_ = rows.view(torch.uint8)
     if planted == "byte":
@@ -243,8 +245,8 @@ def test_fake_outputs_match_real_ones() -> None:
     rows = torch.randn(len(slot_of_row), 256).bfloat16()
     calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
         (permute.route, (ids, 3)),
-        (permute.permute_rows, (torch.randn(50, 16).bfloat16(), slot_of_row, 2)),
-        (permute.permute_fp8, (data, scale, slot_of_row, 2)),
+        (permute.permute_rows, (torch.randn(50, 16).bfloat16(), row_of_slot, slot_of_row)),
+        (permute.permute_fp8, (data, scale, row_of_slot, slot_of_row)),
         (permute.permute_fp8_to_channel, (data, scale, slot_of_row, 2, True)),
         (permute.permute_fp8_both, (data, scale, slot_of_row, 2, True)),
         (permute.gather_sum, (rows, row_of_slot)),
@@ -264,22 +266,36 @@ SLOTS = torch.full((128,), -2, dtype=torch.int32)
 DATA = torch.zeros((4, 256), dtype=torch.uint8).view(FP8_DTYPE)
 SCALE = empty_scale(4, 2).fill_(1.0)
 ROWS = torch.zeros((128, 16), dtype=torch.bfloat16)
+MAP = torch.zeros((128, 2), dtype=torch.int32)
 
 BAD_CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
-    "x dtype": (permute.permute_rows, (ROWS.float(), SLOTS, 2), "x: expected torch.bfloat16"),
-    "x width": (permute.permute_rows, (ROWS[:, :7].contiguous(), SLOTS, 2), "multiple of 8, got 7"),
-    "map length": (permute.permute_rows, (ROWS, SLOTS[:100], 2), "multiple of 128 rows"),
-    "map dtype": (permute.permute_rows, (ROWS, SLOTS.long(), 2), "slot_of_row: expected torch.int"),
-    "topk": (permute.permute_rows, (ROWS, SLOTS, 0), "topk: expected at least 1, got 0"),
-    "data dtype": (permute.permute_fp8, (ROWS, SCALE, SLOTS, 2), "data: expected torch.float8"),
+    "x dtype": (permute.permute_rows, (ROWS.float(), MAP, SLOTS), "x: expected torch.bfloat16"),
+    "x width": (
+        permute.permute_rows,
+        (ROWS[:, :7].contiguous(), MAP, SLOTS),
+        "multiple of 8, got 7",
+    ),
+    "map length": (permute.permute_rows, (ROWS, MAP, SLOTS[:100]), "multiple of 128 rows"),
+    "map dtype": (
+        permute.permute_rows,
+        (ROWS, MAP, SLOTS.long()),
+        "slot_of_row: expected torch.int",
+    ),
+    "map tokens": (permute.permute_rows, (ROWS, MAP[:9], SLOTS), r"row_of_slot: .*\(128, \*\)"),
+    "topk": (
+        permute.permute_fp8_both,
+        (DATA, SCALE, SLOTS, 0, True),
+        "topk: expected at least 1, got 0",
+    ),
+    "data dtype": (permute.permute_fp8, (ROWS, SCALE, MAP, SLOTS), "data: expected torch.float8"),
     "data width": (
         permute.permute_fp8,
-        (DATA.view(torch.uint8)[:, :100].contiguous().view(FP8_DTYPE), SCALE, SLOTS, 2),
+        (DATA.view(torch.uint8)[:, :100].contiguous().view(FP8_DTYPE), SCALE, MAP, SLOTS),
         "data: H: expected a multiple of 128, got 100",
     ),
     "scale shape": (
         permute.permute_fp8,
-        (DATA, SCALE[:, :1], SLOTS, 2),
+        (DATA, SCALE[:, :1], MAP, SLOTS),
         r"scale: expected \(4, 2\) for data \(4, 256\), got \(4, 1\)",
     ),
     "scale stride": (

@@ -36,7 +36,9 @@ def fp8_layer(x, ids, weights, w13, w2, dy, pow2: bool) -> dict[str, torch.Tenso
     w13_8, w13_scale, w13_t, w13_t_scale = ops.cast_per_block_both(w13, pow2)
     w2_8, w2_scale, w2_t, w2_t_scale = ops.cast_per_block_both(w2, pow2)
     h, y_rows, da, dx_rows = empty(2 * inter), empty(hidden), empty(inter), empty(hidden)
-    ops.m_grouped_gemm_nt(*ops.permute_fp8(*x8, slot_of_row, topk), w13_8, w13_scale, ends, h)
+    ops.m_grouped_gemm_nt(
+        *ops.permute_fp8(*x8, row_of_slot, slot_of_row), w13_8, w13_scale, ends, h
+    )
     act = ops.swiglu_cast(h, weights, slot_of_row, pow2)
     ops.m_grouped_gemm_nt(*act, w2_8, w2_scale, ends, y_rows)
 

@@ -74,7 +74,7 @@ def test_gather_sum_undoes_permute(routing: tuple[torch.Tensor, int], hidden: in
     tokens, topk = ids.shape
     row_of_slot, slot_of_row, group_ends, _ = reference.route(ids, experts)
     x = torch.randint(-8, 8, (tokens, hidden)).bfloat16()
-    rows = reference.permute_rows(x, slot_of_row, topk)
+    rows = reference.permute_rows(x, row_of_slot, slot_of_row)
     used = int(group_ends[-1])
     for row, slot in enumerate(slot_of_row[:used].tolist()):
         expected = x[slot // topk] if slot >= 0 else torch.zeros(hidden)
@@ -108,14 +108,14 @@ def test_gather_slots_sums_partials_in_order() -> None:
 def test_fp8_permutations(kind: str, hidden: int, pow2: bool) -> None:
     tokens, topk, experts = 150, 3, 5
     ids, _ = testing.random_topk(tokens, topk, experts, seed=0, kind=kind, dropped=0.1)
-    _, slot_of_row, group_ends, _ = reference.route(ids, experts)
+    row_of_slot, slot_of_row, group_ends, _ = reference.route(ids, experts)
     x = torch.randn(tokens, hidden) * torch.exp2(torch.randint(-20, 20, (tokens, 1)))
     x8 = quant.per_token(x, pow2=pow2)
     used = int(group_ends[-1])
     slot = slot_of_row[:used]
     token = (slot // topk).clamp_min(0).long()
 
-    data, scale = reference.permute_fp8(*x8, slot_of_row, topk)
+    data, scale = reference.permute_fp8(*x8, row_of_slot, slot_of_row)
     assert scale.stride() == (1, len(slot_of_row)) and scale.shape == (
         len(slot_of_row),
         x8.scale.shape[1],
@@ -154,8 +154,8 @@ def test_column_conversion_shows_a_nan_row_in_its_blocks_only() -> None:
 
 def test_permutations_of_no_tokens() -> None:
     x8 = quant.per_token(torch.empty(0, 128))
-    _, slot_of_row, _, _ = reference.route(torch.zeros(0, 2).long(), 3)
-    assert reference.permute_rows(torch.empty(0, 128), slot_of_row, 2).shape == (256, 128)
+    row_of_slot, slot_of_row, _, _ = reference.route(torch.zeros(0, 2).long(), 3)
+    assert reference.permute_rows(torch.empty(0, 128), row_of_slot, slot_of_row).shape == (256, 128)
     data, scale, data_t, scale_t = reference.permute_fp8_both(*x8, slot_of_row, 2, True)
     assert data.shape == (256, 128) and scale.shape == (256, 1)
     assert data_t.shape == (128, 256) and scale_t.shape == (128, 2)

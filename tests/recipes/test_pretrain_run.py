@@ -263,11 +263,12 @@ def test_a_run_is_not_touched_by_a_wrong_request(
     assert {p: p.stat().st_mtime_ns for p in whole.folder.rglob("*")} == before
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_changed_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "text.txt"
     data.write_bytes(b"some text, " * 1000)
     arguments = _arguments(data, tmp_path / "runs", "x", steps=2, warmup_steps=1, model="bf16")
-    _finish(arguments)
+    assert main(arguments) == 0
     data.write_bytes(b"some other, " * 1000)
     again = ["--runs-dir", str(tmp_path / "runs"), "--name", "x", "--resume"]
     assert "the text has changed since the run began" in _refused(again, capsys)

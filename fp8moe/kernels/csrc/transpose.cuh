@@ -1,8 +1,9 @@
 // Gathered per_token E4M3 rows to per_channel: dequantize, transpose, cast again with one scale per
 // channel and 128 rows. Also the gathered rows themselves, from the same read.
 //
-// Built for POW2 = 0 | 1 (the new scales) and WITH_ROWS = 0 | 1. A CTA takes 128 rows x 256 columns;
-// the grid walks all rows of one column strip before the next, see permute.cuh.
+// Built for POW2 = 0 | 1 (the new scales) and WITH_ROWS = 0 | 1. A CTA takes 128 rows x 256 columns.
+// The grid walks all rows of one column strip before the next: the strip of every token then stays in
+// L2 while the K rows of a token read it, so DRAM delivers each token once.
 //
 // The value of an element is v = float(q) * scale_of_row, its cast e4m3(v * inv_of_column). When all
 // these factors are powers of two and the rows' exponents lie close together, both products are exact

@@ -66,7 +66,7 @@ def route(
     return row_of_slot.view(t, k), slot_of_row, group_ends.int(), counts.int()
 
 
-def permute_rows(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int) -> torch.Tensor:
+def _take_rows(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int) -> torch.Tensor:
     """out[r] = x[slot_of_row[r] // topk]; zero in padding, undefined past the last group."""
     out = x.new_empty((slot_of_row.numel(), x.shape[1]))
     used = used_rows(slot_of_row)
@@ -79,14 +79,21 @@ def permute_rows(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int) -> torch
     return out
 
 
-def permute_fp8(
+def permute_rows(
+    x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor
+) -> torch.Tensor:
+    """out[row_of_slot[t, k]] = x[t]; zero in padding, undefined past the last group."""
+    return _take_rows(x, slot_of_row, row_of_slot.shape[1])
+
+
+def _take_fp8_rows(
     data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """data_out[r] = data[slot_of_row[r] // topk], scale likewise: bytes move, nothing is rounded.
 
     Padding has zero data and scale 2**-56, whatever the format of the other scales.
     """
-    out = permute_rows(data.view(torch.uint8), slot_of_row, topk).view(FP8_DTYPE)
+    out = _take_rows(data.view(torch.uint8), slot_of_row, topk).view(FP8_DTYPE)
     used = used_rows(slot_of_row)
     slot = slot_of_row[:used]
     scale_t = torch.empty(
@@ -98,20 +105,30 @@ def permute_fp8(
     return out, scale_t.t()
 
 
+def permute_fp8(
+    data: torch.Tensor, scale: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """data_out[row_of_slot[t, k]] = data[t], scale likewise; padding as in `permute_fp8_both`."""
+    return _take_fp8_rows(data, scale, slot_of_row, row_of_slot.shape[1])
+
+
 def permute_fp8_to_channel(
     data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """data_t[h, r] = e4m3(data * scale of row slot_of_row[r] // topk / scale_t[h, r // 128])."""
-    rows = permute_rows(dequantize_per_token(data, scale), slot_of_row, topk)
+    rows = _take_rows(dequantize_per_token(data, scale), slot_of_row, topk)
     return cast_rows_per_channel(rows[: used_rows(slot_of_row)], slot_of_row.numel(), pow2)
 
 
 def permute_fp8_both(
     data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """permute_fp8 and permute_fp8_to_channel of the same input."""
+    """permute_fp8 and permute_fp8_to_channel of the same input.
+
+    Padding has zero data and scale 2**-56, whatever the format of the other scales.
+    """
     return (
-        *permute_fp8(data, scale, slot_of_row, topk),
+        *_take_fp8_rows(data, scale, slot_of_row, topk),
         *permute_fp8_to_channel(data, scale, slot_of_row, topk, pow2),
     )
 

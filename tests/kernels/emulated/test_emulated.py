@@ -154,8 +154,8 @@ def test_permute_rows_and_gather_sum(emulated: Start, topk: int, hidden: int) ->
     emulated(permute, gather)
     x = values(90, hidden)
     used = used_rows(slot_of_row)
-    rows = permute._permute_rows_cuda(x, slot_of_row, topk)
-    assert_same(rows[:used], reference.permute_rows(x, slot_of_row, topk)[:used])
+    rows = permute._permute_rows_cuda(x, row_of_slot, slot_of_row)
+    assert_same(rows[:used], reference.permute_rows(x, row_of_slot, slot_of_row)[:used])
     finite = torch.randn(len(slot_of_row), hidden).bfloat16()
     total = gather._gather_sum_cuda(finite, row_of_slot)
     assert_same(total, reference.gather_sum(finite, row_of_slot))
@@ -168,7 +168,7 @@ def test_permute_rows_and_gather_sum(emulated: Start, topk: int, hidden: int) ->
     ("pow2_in", "pow2", "spread"), [(True, True, 5), (True, True, 40), (False, False, 5)]
 )
 def test_permute_fp8(emulated: Start, pow2_in: bool, pow2: bool, spread: int) -> None:
-    _, _, _, slot_of_row, _, _ = routed(90, 2, 4, 0.1)
+    _, _, row_of_slot, slot_of_row, _, _ = routed(90, 2, 4, 0.1)
     x = torch.randn(90, 384) * torch.randint(-spread, spread + 1, (90, 1)).exp2()
     x[3] = 0
     x[5, 7] = math.nan
@@ -176,7 +176,7 @@ def test_permute_fp8(emulated: Start, pow2_in: bool, pow2: bool, spread: int) ->
     data, scale = reference.cast_per_token(x.bfloat16(), pow2_in)
     used = used_rows(slot_of_row)
     expected = reference.permute_fp8_both(data, scale, slot_of_row, 2, pow2)
-    rows = permute._permute_fp8_cuda(data, scale, slot_of_row, 2)
+    rows = permute._permute_fp8_cuda(data, scale, row_of_slot, slot_of_row)
     channels = permute._permute_fp8_to_channel_cuda(data, scale, slot_of_row, 2, pow2)
     both = permute._permute_fp8_both_cuda(data, scale, slot_of_row, 2, pow2)
     for actual in ((*rows, *channels), both):
