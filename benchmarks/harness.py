@@ -60,12 +60,13 @@ def append_json(path: str | None, rows: list[dict[str, object]]) -> None:
 def time_interleaved(
     functions: dict[str, Callable[[], object]], iterations: int = 20
 ) -> dict[str, float]:
-    """Median time in us of each function, L2 flushed before every launch, in alternation.
+    """Median time in us of each function, in alternation, from an L2 full of clean foreign data.
 
+    The flush reads: lines that it left to be written back would be charged to the function.
     Interleaving gives every contender the same clocks and temperature. The GPU spins before the
     first event for longer than the host takes to launch, so host time does not count.
     """
-    flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+    foreign = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
     for fn in functions.values():
         for _ in range(2):
             fn()
@@ -75,7 +76,7 @@ def time_interleaved(
         for name, fn in functions.items():
             start = torch.cuda.Event(enable_timing=True)
             end = torch.cuda.Event(enable_timing=True)
-            flush.zero_()
+            foreign.amax()
             torch.cuda._sleep(_SPIN_CYCLES)
             start.record()
             fn()

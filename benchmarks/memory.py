@@ -12,7 +12,6 @@ charged to the kernel under test. ``copy`` is ``torch`` copying 1 GiB, read and 
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,7 +21,6 @@ from benchmarks import harness
 from fp8moe.kernels import cast, permute, swiglu
 
 COPY_BYTES = 1 << 30
-SPIN_CYCLES = 300_000  # longer than the host takes to launch, so that host time does not count
 
 
 class Shape(NamedTuple):
@@ -173,37 +171,13 @@ def layer_cases(shape: Shape) -> list[Case]:
     ]
 
 
-def time_clean(functions: dict[str, Callable[[], object]], iterations: int) -> dict[str, float]:
-    """Median time in us of each function, in alternation, from an L2 full of clean foreign data."""
-    foreign = torch.zeros(harness.FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
-    for fn in functions.values():
-        for _ in range(2):
-            fn()
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in functions}
-    for _ in range(iterations):
-        for name, fn in functions.items():
-            start = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
-            foreign.amax()
-            torch.cuda._sleep(SPIN_CYCLES)
-            start.record()
-            fn()
-            end.record()
-            events[name].append((start, end))
-    torch.cuda.synchronize()
-    return {
-        name: statistics.median(start.elapsed_time(end) * 1e3 for start, end in pairs)
-        for name, pairs in events.items()
-    }
-
-
 def measure(label: str, cases: list[Case], iterations: int) -> list[dict[str, object]]:
     """Time all cases and a copy in alternation."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").zero_()
     target = torch.empty_like(source)
     functions: dict[str, Callable[[], object]] = {c.name: c.run for c in cases}
     functions["copy"] = lambda: target.copy_(source)
-    times = time_clean(functions, iterations)
+    times = harness.time_interleaved(functions, iterations)
     copy_rate = 2 * COPY_BYTES / times["copy"]
 
     def row(name: str, moved: int) -> dict[str, object]:

@@ -328,7 +328,8 @@ def time_kernel_us(
 
     Args:
         fn: launches work on the current stream.
-        flush_l2: write 256 MiB before each call, so that inputs come from DRAM.
+        flush_l2: read 256 MiB before each call, so that inputs come from DRAM and no line is left
+            to be written back.
         iters: calls timed. warmup: calls before them.
 
     The GPU spins before the first event for longer than the host needs to launch `fn`: the time is
@@ -345,10 +346,11 @@ def time_kernel_us(
     fn()
     host_us = (time.perf_counter() - begin) * 1e6
     spin = int((2 * host_us + 20) * _SPIN_CYCLES_PER_US)
-    flush = torch.empty(_L2_FLUSH_BYTES if flush_l2 else 0, dtype=torch.int8, device="cuda")
+    foreign = torch.zeros(_L2_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
     pairs = []
     for _ in range(iters):
-        flush.zero_()
+        if flush_l2:
+            foreign.amax()
         torch.cuda._sleep(spin)
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
