@@ -16,9 +16,6 @@ from fp8moe.kernels import heuristics, jit, launch, operands, reference, registr
 from fp8moe.kernels.fp8tensor import BLOCK, FP8Tensor
 from fp8moe.kernels.heuristics import Grouping, Output, Problem, Tile
 
-THREADS = 384
-
-
 # ---------------------------------------------------------------------- launch
 
 
@@ -38,6 +35,7 @@ def _specs(grouping: Grouping, output: Output, tile: Tile) -> jit.KernelSpec:
             ("CLUSTER_N", tile.cluster_n),
             ("OVERLAP_PROMOTION", int(tile.overlap(block_scales))),
             ("ASYNC_STORE", int(tile.async_store(block_scales))),
+            ("A_REGISTERS", int(tile.a_registers)),
         ),
     )
 
@@ -119,7 +117,7 @@ def _launch(
     cluster = tile.cluster_m * tile.cluster_n
     jit.load(_specs(p.grouping, p.output, tile))(
         min(sms // cluster, heuristics.max_items(p, tile)) * cluster,
-        THREADS,
+        128 * (tile.consumers + 1),
         [
             map_a,
             map_b,

@@ -28,7 +28,7 @@ from functools import lru_cache
 SHARED_MEMORY = 232448  # bytes a CTA can have on Hopper
 MAX_GROUPS = 1024  # entries of the group table in shared memory
 BLOCK_K = 128
-_PANELS = 8 * 2048  # epilogue staging: 2 KB for each consumer warp
+_PANEL = 2048  # bytes of epilogue staging of a consumer warp
 _MAX_STAGES = 12
 
 _MEMORY_BYTES_PER_CLOCK = 2000.0  # whole chip: 3.0 TB/s at 1.5 GHz
@@ -39,14 +39,17 @@ _COST = {
     (True, 128, 256): (1.255, 2330.0),
     (True, 128, 192): (1.265, 1990.0),
     (True, 128, 128): (1.31, 1180.0),
+    (True, 192, 128): (1.30, 2000.0),
     (True, 64, 256): (1.41, 1100.0),
     (True, 64, 128): (2.05, 800.0),
     (True, 64, 64): (3.1, 800.0),
     (True, 64, 32): (5.0, 600.0),
     (False, 128, 256): (1.75, 4200.0),
+    (False, 192, 128): (1.76, 4000.0),
     (False, 128, 128): (2.22, 2200.0),
 }
 _ACCUMULATE = 1.5  # adding to FP32 in memory instead of overwriting it: epilogue factor, assumed
+_A_REGISTERS = 1.0  # cost factor of reading A once, at 128x256
 _PAIR = 1.002  # a multicast pair loads less from L2 and waits more: level so far, so it breaks ties
 
 
@@ -87,6 +90,12 @@ class Tile:
     block_n: int
     cluster_m: int = 1
     cluster_n: int = 1
+    a_registers: bool = False  # A goes through registers, so the two halves of a tile read it once
+
+    @property
+    def consumers(self) -> int:
+        """Consumer warpgroups: 64 rows of the tile each, two sharing the columns of 64 rows."""
+        return 3 if self.block_m == 192 else 2
 
     def overlap(self, block_scales: bool) -> bool:
         """Whether two sets of partial sums fit, so that a warpgroup multiplies as it promotes."""
@@ -106,7 +115,9 @@ class Tile:
         return operands + (self.block_m + max(4, scales_b)) * 4 + 16  # 16: the two barriers
 
     def _staging_bytes(self, block_scales: bool) -> int:
-        return self.block_m * self.block_n * 2 if self.async_store(block_scales) else _PANELS
+        if self.async_store(block_scales):
+            return self.block_m * self.block_n * 2
+        return 4 * self.consumers * _PANEL
 
     def stages(self, block_scales: bool) -> int:
         """Pipeline depth: as many stages as fit beside staging and the group table."""
@@ -119,17 +130,18 @@ class Tile:
         return stages + self._staging_bytes(block_scales) + MAX_GROUPS * 4
 
 
-_WIDE = (Tile(128, 256), Tile(128, 256, 2, 1), Tile(128, 256, 1, 2))
+_WIDE = tuple(Tile(128, 256, c, 1, r) for r in (False, True) for c in (1, 2))
 _MEDIUM = (Tile(128, 192), Tile(128, 192, 2, 1), Tile(128, 192, 1, 2))
 _SQUARE = (Tile(128, 128), Tile(128, 128, 2, 1))
+_TALL = (Tile(192, 128), Tile(192, 128, 1, 2))
 _SHORT = (Tile(64, 32), Tile(64, 64), Tile(64, 128), Tile(64, 256))
 
 
 def candidates(grouping: Grouping) -> tuple[Tile, ...]:
     """Every tile that is shipped for a grouping."""
     if grouping == Grouping.K_GROUPED:
-        return _WIDE + _SQUARE
-    return _WIDE + _MEDIUM + _SQUARE + _SHORT
+        return _WIDE + _SQUARE + _TALL
+    return _WIDE + _MEDIUM + _SQUARE + _TALL + _SHORT
 
 
 def _ceil(a: float, b: int) -> int:
@@ -169,6 +181,7 @@ def estimate(p: Problem, t: Tile, num_sms: int) -> float:
     items, _ = _items(p, t)
     waves = _ceil(items, num_sms // cluster)
     block = cost * t.block_m * t.block_n / 32 * (_PAIR if cluster == 2 else 1.0)
+    block *= _A_REGISTERS if t.a_registers else 1.0
     epilogue *= _ACCUMULATE if p.output == Output.ADD else 1.0
 
     touched = {Output.BF16: 2, Output.F32: 4, Output.ADD: 8}[p.output]

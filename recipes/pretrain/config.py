@@ -44,7 +44,7 @@ class Config:
     grad_accumulation: int = _option(1, "micro-batches in a step")
     steps: int = _option(450, "optimizer steps")
 
-    lr: float = _option(2e-3, "peak learning rate")
+    lr: float = _option(1e-3, "peak learning rate")
     min_lr: float = _option(0.1, "last learning rate, as a share of the peak")
     warmup_steps: int = _option(45, "steps of linear warm-up before the cosine")
     weight_decay: float = _option(0.1, "AdamW weight decay of the matrices")
@@ -132,6 +132,12 @@ class Config:
                 f"--d-model: expected a multiple of twice --heads ({2 * self.heads}), "
                 f"because rotary positions turn pairs of channels; got {self.d_model}"
             )
+        for name in ("d_model", "d_expert"):
+            if getattr(self, name) % 16:
+                raise UserError(
+                    f"--{option(name)}: expected a multiple of 16, which FP8 GEMMs need, "
+                    f"got {getattr(self, name)}"
+                )
         if self.top_k > self.experts:
             raise UserError(
                 f"--top-k: expected at most --experts ({self.experts}), got {self.top_k}"

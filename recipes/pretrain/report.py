@@ -15,6 +15,9 @@ from .metrics import LOAD, PROFILE, SPEED, TRAIN, VALID, VALUES, of_kind, smooth
 
 PICTURE = "report.png"
 TOLERANCE = 0.0025  # of the BF16 loss: how far an FP8 run may end from its twin (DeepSeek-V3's bar)
+# Below this the twins' difference is mostly chance. Measured with the cpu preset: two BF16 models,
+# one with its first weights perturbed by 0.1 %, ended +0.54 % apart (-0.35 % at 1.5 x the rate).
+SETTLED_STEPS = 1000
 COLORS = {"bf16": "#4477aa", "fp8": "#ee6677"}
 NAMES = {"bf16": "BF16", "fp8": "FP8"}
 
@@ -112,6 +115,12 @@ def print_table(records: Records, config: Config, entropy: float, console: Any) 
             f"FP8 loss against BF16, last quarter: {difference:+.3%} "
             f"({verdict} the bar of {TOLERANCE:.2%})"
         )
+        if config.steps < SETTLED_STEPS:
+            console.print(
+                "  Much of it is chance in a run this short: with the cpu preset, two BF16 models "
+                "whose first weights differed by 0.1% ended 0.5% apart.",
+                soft_wrap=True,
+            )
         bf16, fp8 = outcomes
         if bf16.tokens_per_s and fp8.tokens_per_s:
             console.print(f"FP8 speed against BF16: {fp8.tokens_per_s / bf16.tokens_per_s:.2f}x")

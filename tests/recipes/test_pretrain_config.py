@@ -48,6 +48,7 @@ def test_default_preset_suits_the_machine() -> None:
         ({"weight_decay": -1.0}, "--weight-decay: expected 0 or more, got -1.0"),
         ({"model": "fp4"}, "--model: expected one of both, fp8, bf16, got fp4"),
         ({"d_model": 100, "heads": 8}, "--d-model: expected a multiple"),
+        ({"d_expert": 100}, "--d-expert: expected a multiple of 16, .* got 100"),
         ({"top_k": 9, "experts": 8}, r"--top-k: expected at most --experts \(8\), got 9"),
         ({"warmup_steps": 300, "steps": 300}, "--warmup-steps: expected fewer"),
         ({"valid_fraction": 0.9}, "--valid-fraction: expected 0 to 0.5, got 0.9"),

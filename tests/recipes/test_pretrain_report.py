@@ -72,6 +72,7 @@ def test_table_judges_the_difference(gap: float, verdict: str) -> None:
     text = _table(_records(gap))
     assert f"{gap:+.3%} ({verdict} the bar of 0.25%)" in text
     assert "2.00x" in text
+    assert "in a run this short" in text
 
 
 def test_table_has_every_figure() -> None:

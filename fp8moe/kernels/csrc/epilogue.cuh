@@ -12,7 +12,7 @@ enum { OUTPUT_BF16 = 0, OUTPUT_F32 = 1, OUTPUT_ADD = 2 };
 
 constexpr int ELEMENT = OUTPUT == OUTPUT_BF16 ? 2 : 4;  // bytes
 constexpr int PANEL_BYTES = 16 * 128;
-constexpr int STAGING_BYTES = ASYNC_STORE ? BLOCK_M * BLOCK_N * 2 / 8 : PANEL_BYTES;  // per consumer warp
+constexpr int STAGING_BYTES = ASYNC_STORE ? 16 * BLOCK_N * (BLOCK_M > 64 ? 2 : 1) : PANEL_BYTES;  // a consumer warp's
 static_assert(!ASYNC_STORE || OUTPUT == OUTPUT_BF16, "FP32 tiles are too large to be staged whole");
 
 // Where 16-byte chunk c of row r lies in a panel; the 128-byte swizzle of TMA for BF16, a wider one for FP32 pairs.

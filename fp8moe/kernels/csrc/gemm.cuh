@@ -1,27 +1,32 @@
 // The FP8 GEMM: D = A B^T with E4M3 operands, block scales and FP32 accumulation, for every grouping of the scheduler.
 //
-// One CTA per SM stays resident and walks over tiles. Its three warpgroups have fixed roles:
+// One CTA per SM stays resident and walks over tiles. Its warpgroups have fixed roles:
 //
-//   warpgroup 2, warp 0   TMA producer: one lane copies the A and B blocks of the next k-block into a ring of STAGES
-//   warpgroup 2, warp 1   scale producer: 32 lanes copy the scales of the same stage with 4-byte cp.async (any
+//   first warpgroups      consumers, two or three: wgmma on a stage, promotion of the partial sums, epilogue
+//   last one, warp 0      TMA producer: one lane copies the A and B blocks of the next k-block into a ring of STAGES
+//   last one, warp 1      scale producer: 32 lanes copy the scales of the same stage with 4-byte cp.async (any
 //                         alignment, so groups may start at any row)
-//   warpgroups 0 and 1    consumers: wgmma on a stage, promotion of the partial sums, epilogue
 //
 // A stage is handed over by two mbarriers: `full` (the TMA bytes and 32 scale lanes have arrived) and `empty` (every
 // consumer warp of the cluster is done with it). The ring runs on across tiles, so the next tile's operands are
 // already on their way while the consumers store this one. README.md one folder up draws it.
 //
-// Constants rendered before this file: GROUPING, SCALE_B_BLOCK, OUTPUT, BLOCK_M (64 | 128), BLOCK_N, STAGES, CLUSTER_M,
-// CLUSTER_N, OVERLAP_PROMOTION, ASYNC_STORE. Shapes are arguments, so a handful of compiled kernels serves every model.
+// Constants rendered before this file: GROUPING, SCALE_B_BLOCK, OUTPUT, BLOCK_M (64 | 128 | 192), BLOCK_N, STAGES,
+// CLUSTER_M, CLUSTER_N, OVERLAP_PROMOTION, ASYNC_STORE, A_REGISTERS. Shapes are arguments, so some dozens of compiled
+// kernels serve every model.
 #include "ptx.cuh"
 #include "scheduler.cuh"
 #include "promote.cuh"
 #include "epilogue.cuh"
 
 constexpr int BLOCK_K = 128;  // bytes of a swizzled row, and the extent of a scale
-constexpr int THREADS = 384;
-// The two consumer warpgroups split the tile along M, or along N when it has only 64 rows.
-constexpr int GROUP_N = BLOCK_M == 128 ? BLOCK_N : BLOCK_N / 2;
+// Consumer warpgroups take 64 rows of the tile each; two share the columns of a tile that has only 64 rows.
+constexpr int CONSUMERS = BLOCK_M == 192 ? 3 : 2;
+constexpr int CONSUMER_WARPS = CONSUMERS * 4, TMA_WARP = CONSUMER_WARPS, SCALE_WARP = CONSUMER_WARPS + 1;
+constexpr int THREADS = CONSUMERS * 128 + 128;
+// The registers of the SM, moved from the producers to the consumers: 40 + 2 x 232 or 32 + 3 x 160 for each thread.
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40, CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
+constexpr int GROUP_N = BLOCK_M > 64 ? BLOCK_N : BLOCK_N / 2;
 // N of one wgmma. A wider tile is computed in halves, so that sums and partial sums fit the 232 registers of a thread.
 constexpr int WGMMA_N = GROUP_N <= 128 ? GROUP_N : GROUP_N / 2;
 constexpr int HALVES = GROUP_N / WGMMA_N;
@@ -34,18 +39,20 @@ constexpr int A_BYTES = BLOCK_M * BLOCK_K;
 constexpr int B_BYTES = BLOCK_N * BLOCK_K;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int STAGING_AT = STAGES * STAGE_BYTES;
-constexpr int SCALES_AT = STAGING_AT + 8 * STAGING_BYTES;
+constexpr int SCALES_AT = STAGING_AT + CONSUMER_WARPS * STAGING_BYTES;
 constexpr int BARRIERS_AT = SCALES_AT + STAGES * SCALE_STAGE * 4;
 constexpr int TABLE_AT = BARRIERS_AT + 2 * STAGES * 8;
-static_assert(BLOCK_M == 64 || BLOCK_M == 128, "a consumer warpgroup computes 64 rows");
+static_assert(BLOCK_M == 64 || BLOCK_M == 128 || BLOCK_M == 192, "a consumer warpgroup computes 64 rows");
 static_assert(CLUSTER <= 2, "multicast pairs two CTAs; larger clusters strand SMs");
 static_assert(B_BYTES / CLUSTER_M % 1024 == 0 && A_BYTES / CLUSTER_N % 1024 == 0, "a multicast half keeps the swizzle");
+static_assert(!A_REGISTERS || (BLOCK_M > 64 && HALVES == 2 && !OVERLAP_PROMOTION), "A is shared by two halves");
 static_assert(HALVES * WGMMA_N == GROUP_N, "whole wgmma tiles");
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
-     const __grid_constant__ TensorMap map_d, const float* __restrict__ scale_a, const float* __restrict__ scale_b, void* d, const int* __restrict__ groups, int* status, int m, int n, int k,
-     int num_groups, int band, int a_rows, int b_rows, int scale_a_stride, int scale_b_stride) {
+     const __grid_constant__ TensorMap map_d, const float* __restrict__ scale_a, const float* __restrict__ scale_b,
+     void* d, const int* __restrict__ groups, int* status, int m, int n, int k, int num_groups, int band, int a_rows,
+     int b_rows, int scale_a_stride, int scale_b_stride) {
     extern __shared__ __align__(1024) char smem[];
     const u32 base = smem_address(smem);
     int* table = reinterpret_cast<int*>(smem + TABLE_AT);
@@ -61,7 +68,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         prefetch_tensor_map(&map_b);
         for (int stage = 0; stage < STAGES; ++stage) {
             mbarrier_init(full(stage), 1 + 32);
-            mbarrier_init(empty(stage), 8 * CLUSTER);
+            mbarrier_init(empty(stage), CONSUMER_WARPS * CLUSTER);
         }
         mbarrier_init_fence();
     }
@@ -76,12 +83,12 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         if (++stage == STAGES) stage = 0, phase ^= 1;
     };
 
-    if (warp >= 8) {
-        release_registers<40>();
-        if (warp == 8 && lane == 0) {
+    if (warp >= CONSUMER_WARPS) {
+        release_registers<PRODUCER_REGISTERS>();
+        if (warp == TMA_WARP && lane == 0) {
             for (int item = first_item; item < scheduler.num_items; item += step) {
                 const Tile t = scheduler.tile(item);
-#pragma unroll 1  // the producers have 40 registers
+#pragma unroll 1  // the producers have few registers
                 for (int kb = t.k_block; kb < t.k_block + t.num_k_blocks; ++kb, advance()) {
                     mbarrier_wait(empty(stage), phase ^ 1);
                     mbarrier_arrive_expect_tx(full(stage), STAGE_BYTES);
@@ -99,37 +106,39 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                         tma_load(b, &map_b, kb * BLOCK_K, t.b_row, full(stage));
                 }
             }
-        } else if (warp == 9) {
+        } else if (warp == SCALE_WARP) {
             for (int item = first_item; item < scheduler.num_items; item += step) {
                 const Tile t = scheduler.tile(item);
                 const int n_blocks = ceil_div(n, 128);
-#pragma unroll 1  // the producers have 40 registers
+#pragma unroll 1  // the producers have few registers
                 for (int kb = t.k_block; kb < t.k_block + t.num_k_blocks; ++kb, advance()) {
                     mbarrier_wait(empty(stage), phase ^ 1);
                     const u32 sa = base + SCALES_AT + stage * SCALE_STAGE * 4, sb = sa + BLOCK_M * 4;
-#pragma unroll
+#pragma unroll 2
                     for (int i = lane; i < BLOCK_M; i += 32)
                         cp_async_4(sa + i * 4, scale_a + (i64)kb * scale_a_stride + t.a_row + i, t.a_row + i < a_rows);
                     if (SCALE_B_BLOCK) {
                         // Halves past N exist in the tile but not in D: any scale of the group will do.
                         const int block = min(t.column / 128 + lane, n_blocks - 1) + scheduler.group * n_blocks;
-                        if (lane < NUM_B_SCALES) cp_async_4(sb + lane * 4, scale_b + (i64)block * scale_b_stride + kb, true);
+                        const float* source = scale_b + (i64)block * scale_b_stride + kb;
+                        if (lane < NUM_B_SCALES) cp_async_4(sb + lane * 4, source, true);
                     } else {
-#pragma unroll
+                        const float* source = scale_b + (i64)kb * scale_b_stride + t.b_row;
+#pragma unroll 2
                         for (int i = lane; i < BLOCK_N; i += 32)
-                            cp_async_4(sb + i * 4, scale_b + (i64)kb * scale_b_stride + t.b_row + i, t.b_row + i < b_rows);
+                            cp_async_4(sb + i * 4, source + i, t.b_row + i < b_rows);
                     }
                     cp_async_arrive(full(stage));
                 }
             }
         }
     } else {
-        take_registers<232>();
+        take_registers<CONSUMER_REGISTERS>();
         const int warpgroup = warp / 4;
-        const int warp_row = (BLOCK_M == 128 ? warpgroup * 64 : 0) + warp % 4 * 16;
-        const int group_column = BLOCK_M == 128 ? 0 : warpgroup * GROUP_N;
-        // Matrix descriptors of stage 0, in 16-byte units; uniform across the warp so that they live in uniform registers.
-        const u32 descriptor_a = __shfl_sync(~0u, (base + (BLOCK_M == 128 ? warpgroup * 64 * BLOCK_K : 0)) >> 4, 0);
+        const int warp_row = (BLOCK_M > 64 ? warpgroup * 64 : 0) + warp % 4 * 16;
+        const int group_column = BLOCK_M > 64 ? 0 : warpgroup * GROUP_N;
+        // Matrix descriptors of stage 0, in 16-byte units; warp-uniform, so that they live in uniform registers.
+        const u32 descriptor_a = __shfl_sync(~0u, (base + (BLOCK_M > 64 ? warpgroup * 64 * BLOCK_K : 0)) >> 4, 0);
         const u32 descriptor_b = __shfl_sync(~0u, (base + A_BYTES + group_column * BLOCK_K) >> 4, 0);
 
         for (int item = first_item; item < scheduler.num_items; item += step) {
@@ -144,13 +153,19 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     mbarrier_arrive_remote(empty(stage), lane);
                 }
             };
-            const auto multiply = [&](float (&part)[WGMMA_N / 2], int stage, int half) {
-                const u32 a = descriptor_a + stage * (STAGE_BYTES >> 4);
-                const u32 b = descriptor_b + stage * (STAGE_BYTES >> 4) + half * (WGMMA_N * BLOCK_K >> 4);
+            // Generic, so that only the form in use is compiled. a: the warp's k-block of A, where it goes by registers.
+            const auto multiply = [&](auto& part, const auto& a, int stage, int half) {
+                const u32 from_a = descriptor_a + stage * (STAGE_BYTES >> 4);
+                const u32 from_b = descriptor_b + stage * (STAGE_BYTES >> 4) + half * (WGMMA_N * BLOCK_K >> 4);
                 wgmma_fence();
 #pragma unroll
-                for (int i = 0; i < BLOCK_K / 32; ++i)
-                    wgmma(part, matrix_descriptor(a + i * 2), matrix_descriptor(b + i * 2), i != 0);
+                for (int i = 0; i < BLOCK_K / 32; ++i) {
+                    const u64 b = matrix_descriptor(from_b + i * 2);
+                    if constexpr (A_REGISTERS)
+                        wgmma(part, a[i], b, i != 0);
+                    else
+                        wgmma(part, matrix_descriptor(from_a + i * 2), b, i != 0);
+                }
                 wgmma_commit();
             };
             const auto scales_at = [&](int stage) {
@@ -168,12 +183,13 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     constexpr int STEPS = UNROLL * HALVES;
                     float part[2][WGMMA_N / 2];
                     Scales<WGMMA_N> scales[2];
+                    const u32 unused[BLOCK_K / 32][4] = {};
                     int previous = stage;
 #pragma unroll
                     for (int step = 0; step <= STEPS; ++step) {
                         if (step < STEPS) {
                             if (step % HALVES == 0) mbarrier_wait(full(stage), phase);
-                            multiply(part[step % 2], stage, step % HALVES);
+                            multiply(part[step % 2], unused, stage, step % HALVES);
                             load(scales[step % 2], stage, step % HALVES);
                         }
                         if (step > 0) {
@@ -189,11 +205,20 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
 #pragma unroll 1
             for (; kb < t.num_k_blocks; ++kb, advance()) {
                 mbarrier_wait(full(stage), phase);
+                u32 a[BLOCK_K / 32][4];
+                if (A_REGISTERS) {  // the warp's 16 rows, read once for both halves
+                    const int r = warp_row + lane % 16;
+#pragma unroll
+                    for (int i = 0; i < BLOCK_K / 32; ++i) {
+                        const int chunk = (2 * i + lane / 16) ^ (r % 8);  // the swizzle of TMA
+                        load_matrix_x4(a[i], base + stage * STAGE_BYTES + r * BLOCK_K + chunk * 16);
+                    }
+                }
 #pragma unroll
                 for (int half = 0; half < HALVES; ++half) {
                     float part[WGMMA_N / 2];
                     Scales<WGMMA_N> scales;
-                    multiply(part, stage, half);
+                    multiply(part, a, stage, half);
                     load(scales, stage, half);
                     wgmma_wait<0>();
                     // The stage may go once nothing reads it: the promotion may still read scales of B.
