@@ -91,8 +91,11 @@ def problems(spec: jit.KernelSpec, compiled: jit.Compiled, tensor_cores: bool) -
         absent = {"QGMMA", "UTMALDG", "USETMAXREG", "SYNCS"} - names
         if absent:
             found.append(f"lacks {', '.join(sorted(absent))}")
-        if used.registers != 168:
-            found.append(f"has {used.registers} registers, expected 168 for 384 threads")
+        # setmaxnreg moves registers between the roles only if each starts with an even share.
+        threads = 512 if dict(spec.constants).get("BLOCK_M") == 192 else 384
+        share = 65536 // threads // 8 * 8
+        if used.registers != share:
+            found.append(f"has {used.registers} registers, expected {share} for {threads} threads")
     elif used.registers > 128:
         found.append(f"has {used.registers} registers: under two blocks of 256 threads fit")
     return found
