@@ -127,6 +127,13 @@ def _warmup(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             shape, args.tokens or warmup.TOKENS, args.sms or _this_gpus_sms()
         )
     specs = list(dict.fromkeys(specs))
+    try:
+        disk_cache.check_writable()  # compiling ahead for a cache that keeps nothing helps nobody
+    except OSError as reason:
+        raise RuntimeError(
+            f"the kernel cache {disk_cache.directory()} cannot be written "
+            f"({reason.strerror or reason}); set FP8MOE_CACHE_DIR to a writable directory"
+        ) from reason
     print(f"{len(specs)} kernels for {jit.ARCH}, cache {disk_cache.directory()}", flush=True)
     progress = _Progress(len(specs))
     start = time.perf_counter()

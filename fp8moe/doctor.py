@@ -96,9 +96,7 @@ def _cache() -> dict[str, Any]:
     }
     try:
         report["limit_bytes"] = disk_cache.limit_bytes()
-        probe = directory / f"doctor-{os.getpid()}.tmp"
-        disk_cache.write_atomically(probe, b"")
-        probe.unlink()
+        disk_cache.check_writable()
     except (OSError, ValueError) as error:
         report["writable"] = not isinstance(error, OSError)
         report["reason"] = _first_line(error)

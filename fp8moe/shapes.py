@@ -7,12 +7,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The sizes of one expert layer: H hidden, I intermediate, E experts (local), K per token."""
+    """The sizes of one expert layer: H hidden, I intermediate, E experts (local), K per token.
+
+    Raises: ValueError naming a size that the kernels cannot take.
+    """
 
     hidden: int
     intermediate: int
     experts: int
     topk: int
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "intermediate"):
+            size = getattr(self, name)
+            if size < 1 or size % 16:
+                raise ValueError(f"{name}: expected a positive multiple of 16, got {size}")
+        if not 1 <= self.experts <= 1024:
+            raise ValueError(f"experts: expected 1 to 1024, got {self.experts}")
+        if self.topk < 1:
+            raise ValueError(f"topk: expected at least 1, got {self.topk}")
 
 
 PRESETS: dict[str, LayerShape] = {

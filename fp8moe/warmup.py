@@ -40,7 +40,7 @@ def layer_specs(
 ) -> list[KernelSpec]:
     """The kernels that layers of ``shape`` use on a GPU with ``num_sms`` multiprocessors.
 
-    Kernels take their sizes at run time, so this is few of ``all_specs``: the tiles that the
+    Kernels take their sizes at run time, so this is a part of ``all_specs``: the tiles that the
     heuristics choose for these sizes, and all casts, permutations and activations.
 
     Args:

@@ -217,6 +217,21 @@ def test_wrong_usage_is_named(
     assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_warmup_names_a_size_that_no_kernel_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--hidden", "100", "--intermediate", "128", "--experts", "4", "--topk", "2"]
+    assert cli.main(["warmup", *sizes]) == 1
+    assert "hidden: expected a positive multiple of 16, got 100" in capsys.readouterr().err
+
+
+def test_warmup_refuses_a_cache_that_keeps_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FP8MOE_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert cli.main(["warmup", "--preset", "olmoe-1b-7b"]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("preset", sorted(shapes.PRESETS))
 def test_layer_specs_are_some_of_all(preset: str) -> None:
     every = warmup.all_specs()

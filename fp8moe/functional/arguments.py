@@ -19,13 +19,21 @@ def _check_weight(
     check_main_grad(name, w)
 
 
-def _check_some(name: str, size: int) -> None:
+def check_config(config: object) -> None:
+    """Raise ValueError unless `config` is an FP8Config."""
+    if not isinstance(config, FP8Config):
+        raise ValueError(f"config: expected an FP8Config, got {config!r}")
+
+
+def check_some(name: str, size: int) -> None:
+    """Raise ValueError unless `size` is at least 1."""
     if size < 1:
         raise ValueError(f"{name}: expected at least 1, got {size}")
 
 
-def _check_size(name: str, size: int, config: FP8Config) -> None:
-    _check_some(name, size)
+def check_size(name: str, size: int, config: FP8Config) -> None:
+    """Raise ValueError unless the GEMMs that `config` chooses take a dimension of `size`."""
+    check_some(name, size)
     # 16 bytes: what TMA, and the 16-byte loads of the row kernels, need at the start of a row.
     check_multiple(f"{name}, in FP8" if config.any_fp8 else name, size, 16 if config.any_fp8 else 8)
 
@@ -34,12 +42,13 @@ def check_grouped_linear(
     x: torch.Tensor, w: torch.Tensor, group_ends: torch.Tensor, config: FP8Config
 ) -> None:
     """Raises: ValueError for arguments that `grouped_linear` cannot take; x is contiguous."""
+    check_config(config)
     check_tensor("x", x, (None, None), FLOATS)
     _check_weight("w", w, (None, None, x.shape[1]), x.device)
     check_tensor("group_ends", group_ends, (w.shape[0],), (torch.int32,), x.device)
-    _check_some("w: E", w.shape[0])
-    _check_size("w: N", w.shape[1], config)
-    _check_size("x: K", x.shape[1], config)
+    check_some("w: E", w.shape[0])
+    check_size("w: N", w.shape[1], config)
+    check_size("x: K", x.shape[1], config)
 
 
 def check_swiglu_experts(
@@ -54,12 +63,13 @@ def check_swiglu_experts(
 
     x, topk_ids and topk_weights are contiguous.
     """
+    check_config(config)
     check_tensor("x", x, (None, None), FLOATS)
     check_tensor("topk_ids", topk_ids, (x.shape[0], None), IDS, x.device)
     check_tensor("topk_weights", topk_weights, tuple(topk_ids.shape), FLOATS, x.device)
     _check_weight("w2", w2, (None, x.shape[1], None), x.device)
     _check_weight("w13", w13, (w2.shape[0], 2 * w2.shape[2], x.shape[1]), x.device)
-    _check_some("topk_ids: K", topk_ids.shape[1])
-    _check_some("w2: E", w2.shape[0])
-    _check_size("x: H", x.shape[1], config)
-    _check_size("w2: I", w2.shape[2], config)
+    check_some("topk_ids: K", topk_ids.shape[1])
+    check_some("w2: E", w2.shape[0])
+    check_size("x: H", x.shape[1], config)
+    check_size("w2: I", w2.shape[2], config)

@@ -99,6 +99,13 @@ def write_atomically(file: Path, data: bytes) -> None:
         raise
 
 
+def check_writable() -> None:
+    """Raise OSError unless entries can be stored in the directory; leaves no file behind."""
+    probe = directory() / f"probe-{os.getpid()}.tmp"
+    write_atomically(probe, b"")
+    probe.unlink()
+
+
 def usage() -> tuple[int, int]:
     """(entries, bytes of all our files) in the directory."""
     files = _files()

@@ -7,6 +7,7 @@ from torch import nn
 
 from fp8moe.config import FP8Config
 from fp8moe.functional import swiglu_experts
+from fp8moe.functional.arguments import check_config, check_size, check_some
 
 
 class Experts(nn.Module):
@@ -22,6 +23,8 @@ class Experts(nn.Module):
 
     Shapes: forward takes x (T, H), topk_ids (T, K), topk_weights (T, K) and returns (T, H); see
         `fp8moe.swiglu_experts`.
+
+    Raises: ValueError naming the argument, for a size that the GEMMs of config cannot take.
     """
 
     def __init__(
@@ -37,7 +40,11 @@ class Experts(nn.Module):
         super().__init__()
         self.num_experts = num_experts
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
-        self.config = config or FP8Config()
+        self.config = FP8Config() if config is None else config
+        check_config(self.config)
+        check_some("num_experts", num_experts)
+        check_size("hidden_size", hidden_size, self.config)
+        check_size("intermediate_size", intermediate_size, self.config)
         w13 = torch.empty(
             num_experts, 2 * intermediate_size, hidden_size, device=device, dtype=dtype
         )

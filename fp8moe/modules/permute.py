@@ -34,6 +34,8 @@ def permute(x_TH: torch.Tensor, p: Permutation) -> torch.Tensor:
         p: from `permutation`.
 
     Returns: (Rcap, H) BF16. Padding rows are zero; rows from `p.group_ends[-1]` on are undefined.
+
+    Raises: ValueError naming the argument, what was expected and what came.
     """
     if x_TH.dim() != 2 or x_TH.shape[0] != p.row_of_slot.shape[0]:
         raise ValueError(
@@ -54,6 +56,8 @@ def unpermute(y_RH: torch.Tensor, p: Permutation) -> torch.Tensor:
         p: from `permutation`.
 
     Returns: (T, H) BF16. The gradient of y_RH is zero in padding and undefined past the last group.
+
+    Raises: ValueError naming the argument, what was expected and what came.
     """
     if y_RH.dim() != 2 or y_RH.shape[0] != p.slot_of_row.shape[0]:
         raise ValueError(

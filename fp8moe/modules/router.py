@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from fp8moe.functional.arguments import check_some
+
 ScoreFunction = Literal["softmax", "sigmoid"]
 
 
@@ -78,7 +80,8 @@ class Router(nn.Module):
 
     Shapes: forward takes x (T, H), any float dtype.
 
-    Raises: ValueError naming the argument, for sizes that do not fit together.
+    Raises: ValueError naming the argument, for sizes that do not fit together and for negative
+        coefficients.
 
     Source: Switch Transformer (arXiv 2101.03961) for the balance loss and jitter, ST-MoE (arXiv
         2202.08906) for the z-loss, DeepSeek-V3 (arXiv 2412.19437) sections 2.1.2 for sigmoid
@@ -109,6 +112,8 @@ class Router(nn.Module):
         super().__init__()
         if score_func not in ("softmax", "sigmoid"):
             raise ValueError(f"score_func: expected 'softmax' or 'sigmoid', got {score_func!r}")
+        check_some("hidden_size", hidden_size)
+        check_some("num_experts", num_experts)
         if num_groups < 1 or num_experts % num_groups:
             raise ValueError(f"num_groups: expected a divisor of {num_experts}, got {num_groups}")
         if not 1 <= topk_groups <= num_groups:
@@ -117,7 +122,14 @@ class Router(nn.Module):
         if not 1 <= top_k <= eligible:
             raise ValueError(f"top_k: expected 1 to {eligible} (eligible experts), got {top_k}")
         if not 0 <= jitter < 1:
-            raise ValueError(f"jitter: expected 0 to 1, got {jitter}")
+            raise ValueError(f"jitter: expected 0 to 1 (excluded), got {jitter}")
+        for name, value in (
+            ("bias_update_speed", bias_update_speed),
+            ("balance_loss_coeff", balance_loss_coeff),
+            ("z_loss_coeff", z_loss_coeff),
+        ):
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {value}")
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.score_func, self.renormalize = score_func, renormalize
         self.routed_scaling_factor = routed_scaling_factor
@@ -152,6 +164,8 @@ class Router(nn.Module):
     def forward(self, x_TH: torch.Tensor) -> RouterOutput:
         if x_TH.dim() != 2 or x_TH.shape[1] != self.hidden_size:
             raise ValueError(f"x_TH: expected (T, {self.hidden_size}), got {tuple(x_TH.shape)}")
+        if not x_TH.is_floating_point():
+            raise ValueError(f"x_TH: expected a floating dtype, got {x_TH.dtype}")
         if self.training and self.jitter:
             noise = torch.empty_like(x_TH).uniform_(1 - self.jitter, 1 + self.jitter)
             x_TH = x_TH * noise

@@ -22,6 +22,12 @@ from fp8moe.kernels import cast
 from fp8moe.kernels.fp8tensor import FP8_DTYPE, FP8Tensor
 
 
+def check_fp8_tensor(name: str, t: object) -> None:
+    """Raise ValueError unless `t` is a pair, such as an FP8Tensor."""
+    if not isinstance(t, tuple) or len(t) != 2:
+        raise ValueError(f"{name}: expected FP8Tensor(data, scale), got {type(t).__name__}")
+
+
 def per_token(x: torch.Tensor, *, pow2: bool = True) -> FP8Tensor:
     """data[m, k] = e4m3(x[m, k] / scale[m, k // 128]).
 
@@ -104,10 +110,11 @@ def transpose_per_block(w: FP8Tensor) -> FP8Tensor:
         The per_block tensor of the transpose: data ([E,] K, N), contiguous.
 
     Raises:
-        ValueError: dtype, dimensions, scale shape or device do not match.
+        ValueError: w is not a pair; dtype, dimensions, scale shape or device do not match.
 
     Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2.
     """
+    check_fp8_tensor("w", w)
     data, scale = w
     if data.dtype != FP8_DTYPE:
         raise ValueError(f"w.data: expected dtype {FP8_DTYPE}, got {data.dtype}")

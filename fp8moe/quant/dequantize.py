@@ -6,6 +6,7 @@ import torch
 
 from fp8moe.kernels import reference
 from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, FP8Tensor, ceil_div
+from fp8moe.quant.casts import check_fp8_tensor
 
 
 def dequantize(t: FP8Tensor) -> torch.Tensor:
@@ -25,8 +26,9 @@ def dequantize(t: FP8Tensor) -> torch.Tensor:
         otherwise rounded once.
 
     Raises:
-        ValueError: a dtype, the device or the scale's shape does not fit the data.
+        ValueError: t is not a pair; a dtype, the device or the scale's shape does not fit the data.
     """
+    check_fp8_tensor("t", t)
     data, scale = t
     if data.dtype != FP8_DTYPE:
         raise ValueError(f"t.data: expected dtype {FP8_DTYPE}, got {data.dtype}")

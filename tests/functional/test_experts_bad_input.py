@@ -135,3 +135,9 @@ def test_sizes_of_16_are_for_fp8_only(make_layer):
     assert layer.run(FP8Config.bf16()).y.shape == (192, 72)
     with pytest.raises(ValueError, match="x: H, in FP8: expected a multiple of 16, got 72"):
         layer.run(FP8Config(dgrad="bf16", fprop="bf16"))
+
+
+def test_a_config_that_is_none_is_named(make_layer):
+    layer = make_layer()
+    with pytest.raises(ValueError, match="config: expected an FP8Config, got 'fp8'"):
+        swiglu_experts(layer.x, layer.ids, layer.weights, layer.w13, layer.w2, config="fp8")

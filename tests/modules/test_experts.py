@@ -97,3 +97,17 @@ def test_trains(device):
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "config", "message"),
+    [
+        ((0, H, I), None, "num_experts: expected at least 1, got 0"),
+        ((E, 100, I), None, "hidden_size, in FP8: expected a multiple of 16, got 100"),
+        ((E, H, 12), FP8Config.bf16(), "intermediate_size: expected a multiple of 8, got 12"),
+        ((E, H, I), "fp8", "config: expected an FP8Config, got 'fp8'"),
+    ],
+)
+def test_bad_options_are_named(sizes, config, message):
+    with pytest.raises(ValueError, match=message):
+        Experts(*sizes, config=config)

@@ -313,7 +313,9 @@ def test_nan_is_visible(device):
         ({"num_groups": 3}, "num_groups: expected a divisor of 8, got 3"),
         ({"num_groups": 4, "topk_groups": 5}, "topk_groups: expected 1 to 4, got 5"),
         ({"num_groups": 4, "topk_groups": 1}, "top_k: expected 1 to 2 .*, got 3"),
-        ({"jitter": 1.0}, "jitter: expected 0 to 1, got 1.0"),
+        ({"jitter": 1.0}, "jitter: expected 0 to 1 .excluded., got 1.0"),
+        ({"z_loss_coeff": -1.0}, "z_loss_coeff: expected at least 0, got -1.0"),
+        ({"bias_update_speed": -1e-3}, "bias_update_speed: expected at least 0, got -0.001"),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -324,3 +326,13 @@ def test_bad_options_are_named(options, message):
 def test_bad_input_is_named(device):
     with pytest.raises(ValueError, match=r"x_TH: expected \(T, 32\), got \(2, 30, 32\)"):
         make(device)(tokens(device).view(2, 30, 32))
+    with pytest.raises(ValueError, match="x_TH: expected a floating dtype, got torch.int64"):
+        make(device)(tokens(device).long())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "name"), [((0, 8, 2), "hidden_size"), ((32, 0, 2), "num_experts")]
+)
+def test_bad_sizes_are_named(sizes, name):
+    with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+        Router(*sizes)

@@ -125,6 +125,7 @@ def test_errors_name_what_they_got() -> None:
         (quant.FP8Tensor(t.data.float(), t.scale), r"t.data: expected dtype torch.float8_e4m3fn"),
         (quant.FP8Tensor(t.data, t.scale.double()), r"t.scale: expected dtype torch.float32"),
         (quant.FP8Tensor(t.data, t.scale.to("meta")), r"t.scale: expected device cpu, got meta"),
+        (t.data, r"t: expected FP8Tensor\(data, scale\), got Tensor"),
         (quant.FP8Tensor(t.data[0], t.scale), r"t.data: expected 2 or 3 dimensions, got \(256,\)"),
         (
             quant.FP8Tensor(t.data, t.scale[:, :1]),
