@@ -31,7 +31,7 @@ def limit_bytes() -> int:
 
     Raises: ValueError unless ``FP8MOE_CACHE_MB`` is a number above zero.
     """
-    text = os.environ.get("FP8MOE_CACHE_MB", "512")
+    text = os.environ.get("FP8MOE_CACHE_MB") or "512"
     try:
         megabytes = float(text)
     except ValueError:

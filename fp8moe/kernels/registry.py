@@ -36,7 +36,7 @@ def requested_backend() -> str:
 
     Raises: ValueError for any other value.
     """
-    choice = os.environ.get("FP8MOE_BACKEND", "auto")
+    choice = os.environ.get("FP8MOE_BACKEND") or "auto"
     if choice not in ("auto", "cuda", "reference"):
         raise ValueError(f"FP8MOE_BACKEND: expected auto, cuda or reference, got {choice!r}")
     return choice

@@ -226,6 +226,11 @@ def test_eviction_cleans_up_after_killed_writers_only(cache: Path) -> None:
     assert {path.name for path in cache.iterdir()} == {"new.tmp", "not-ours.txt", "k.kernel"}
 
 
+def test_an_empty_limit_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FP8MOE_CACHE_MB", "")
+    assert disk_cache.limit_bytes() == 512 << 20
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "much", "nan", "inf"])
 def test_bad_limit_names_the_value(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("FP8MOE_CACHE_MB", value)

@@ -28,7 +28,10 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[in
 # ------------------------------------------------------------------------------------------ backend
 
 
-def test_cpu_runs_the_reference() -> None:
+@pytest.mark.parametrize("value", ["auto", ""])
+def test_cpu_runs_the_reference(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    assert registry.backend(CPU) == "reference"
+    monkeypatch.setenv("FP8MOE_BACKEND", value)  # empty is as good as unset
     assert registry.backend(CPU) == "reference"
 
 
