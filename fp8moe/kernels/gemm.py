@@ -325,7 +325,7 @@ def k_grouped_gemm(
     Raises: ValueError naming the argument, what was expected and what came. Bad ``group_ends`` are
         found on the device and raised by a later operator or ``fp8moe.check_errors``.
 
-    Source: the K-grouped layout of DeepGEMM, on one padded concatenation instead of a block a group.
+    Source: the K-grouped layout of DeepGEMM, but one padded concatenation of all groups.
     """
     operands.check_data("a_t", a_t.data, 2)
     operands.check_data("b_t", b_t.data, 2)

@@ -198,6 +198,21 @@ def test_every_tile_of_the_weight_gradient(tile, output):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tile", heuristics.candidates(Grouping.MASKED), ids=str)
+def test_every_tile_of_the_masked_gemm(tile):
+    sizes, m, n, k = [0, 300, 1, 129], 300, 776, 1296
+    flat, b = _operand(4 * m, k, "cuda"), _weights(4, n, k, "cuda")
+    a = FP8Tensor(flat.data.view(4, m, k), flat.scale.unflatten(0, (4, m)))
+    group_sizes = torch.tensor(sizes, dtype=torch.int32, device="cuda")
+    out = _poisoned((4, m, n), "cuda")
+    p = Problem(Grouping.MASKED, Output.BF16, m, n, k, 4)
+    gemm._launch(p, a.data, a.scale, b.data, b.scale, group_sizes, out, (tile, 2))
+    for g, exact in enumerate(testing.oracle_m_grouped_gemm_nt_masked(a, b, group_sizes)):
+        assert testing.worst_row_error(out[g, : sizes[g]], exact) < GATE_BF16
+        assert sizes[g] == m or _is_poison(out[g, sizes[g] :])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("k", [128, 16384])
 def test_long_and_short_contractions(k):
     a, b = _operand(257, k, "cuda"), _weights(1, 520, k, "cuda")
