@@ -293,6 +293,22 @@ def random_topk(
     return ids.to(device), probabilities.to(device)
 
 
+_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    """The bit patterns of t as integers of the same size: same shape, on the CPU."""
+    return t.detach().cpu().contiguous().view(_INTEGER_OF_SIZE[t.element_size()])
+
+
+def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether shape and every bit agree: -0 differs from 0, and a NaN equals itself.
+
+    FP8 data may be compared with its bytes: only the size of an element has to be the same.
+    """
+    return torch.equal(bits(actual), bits(expected))
+
+
 def poison(t: torch.Tensor) -> torch.Tensor:
     """Fills t with NaN (bytes 0x7F for FP8 and uint8, the smallest value for integers); returns t.
 

@@ -153,3 +153,12 @@ def test_timers_on_a_copy() -> None:
     for timer in (testing.time_kernel_us, testing.sustained_us):
         us = timer(lambda: y.copy_(x))
         assert 1e12 < 2 * x.numel() / (us * 1e-6) < 6e12
+
+
+def test_same_bits_tells_zeros_apart_and_equates_nans():
+    x = torch.tensor([0.0, math.nan, 1.5])
+    assert testing.same_bits(x, x.clone())
+    assert not testing.same_bits(x, torch.tensor([-0.0, math.nan, 1.5]))
+    assert not testing.same_bits(x, x[:2])
+    data = x.to(torch.float8_e4m3fn)
+    assert testing.same_bits(data, data.view(torch.uint8))

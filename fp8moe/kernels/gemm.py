@@ -19,7 +19,8 @@ from fp8moe.kernels.heuristics import Grouping, Output, Problem, Tile
 # ---------------------------------------------------------------------- launch
 
 
-def _specs(grouping: Grouping, output: Output, tile: Tile) -> jit.KernelSpec:
+def spec(grouping: Grouping, output: Output, tile: Tile) -> jit.KernelSpec:
+    """The compiled configuration of ``tile``."""
     block_scales = grouping != Grouping.K_GROUPED
     return jit.KernelSpec(
         "gemm.cuh",
@@ -43,7 +44,7 @@ def _specs(grouping: Grouping, output: Output, tile: Tile) -> jit.KernelSpec:
 def kernel_specs() -> list[jit.KernelSpec]:
     """Every configuration of the GEMM that ``heuristics`` can choose."""
     return [
-        _specs(grouping, output, tile)
+        spec(grouping, output, tile)
         for grouping in Grouping
         for output in (list(Output) if grouping == Grouping.K_GROUPED else [Output.BF16])
         for tile in heuristics.candidates(grouping)
@@ -58,6 +59,21 @@ def num_sms(device_index: int) -> int:
 def _block_stride(scale: torch.Tensor) -> int:
     """Floats from one k-block of an MN-major scale to the next."""
     return scale.stride(-1) if scale.shape[-1] > 1 else 0
+
+
+def _operand_map(t: torch.Tensor, box_rows: int) -> launch.TensorMap:
+    """Blocks of box_rows x 128 of an FP8 operand, all its groups as one matrix."""
+    k = t.shape[-1]
+    return launch.tensor_map(
+        t.data_ptr(),
+        dtype="u8",
+        rows=t.numel() // k,
+        cols=k,
+        row_stride_bytes=k,
+        box_rows=box_rows,
+        box_cols=BLOCK,
+        swizzle=128,
+    )
 
 
 def _launch(
@@ -77,28 +93,8 @@ def _launch(
     tile, band = config or heuristics.choose(p, sms)
     block_scales = p.grouping != Grouping.K_GROUPED
     k_total = a.shape[-1]
-    a_rows = a.numel() // k_total
-    b_rows = b.numel() // k_total
-    map_a = launch.tensor_map(
-        a.data_ptr(),
-        dtype="u8",
-        rows=a_rows,
-        cols=k_total,
-        row_stride_bytes=k_total,
-        box_rows=tile.block_m // tile.cluster_n,
-        box_cols=128,
-        swizzle=128,
-    )
-    map_b = launch.tensor_map(
-        b.data_ptr(),
-        dtype="u8",
-        rows=b_rows,
-        cols=k_total,
-        row_stride_bytes=k_total,
-        box_rows=tile.block_n // tile.cluster_m,
-        box_cols=128,
-        swizzle=128,
-    )
+    map_a = _operand_map(a, tile.block_m // tile.cluster_n)
+    map_b = _operand_map(b, tile.block_n // tile.cluster_m)
     # The epilogue's TMA stores; without them the kernel does not look at it.
     map_d = (
         launch.tensor_map(
@@ -115,7 +111,7 @@ def _launch(
         else map_a
     )
     cluster = tile.cluster_m * tile.cluster_n
-    jit.load(_specs(p.grouping, p.output, tile))(
+    jit.load(spec(p.grouping, p.output, tile))(
         min(sms // cluster, heuristics.max_items(p, tile)) * cluster,
         128 * (tile.consumers + 1),
         [
@@ -132,8 +128,8 @@ def _launch(
             k_total,
             p.groups,
             band,
-            a_rows,
-            b_rows,
+            a.numel() // k_total,
+            b.numel() // k_total,
             _block_stride(a_scale),
             b_scale.shape[-1] if block_scales else _block_stride(b_scale),
         ],

@@ -49,9 +49,7 @@ _COST = {
     (False, 128, 128): (2.2, 2250.0),
 }
 _ACCUMULATE = 1.5  # adding to FP32 in memory instead of overwriting it: epilogue factor, assumed
-_A_REGISTERS = (
-    1.045  # cost factor of taking A through registers; slower so far, kept for the search
-)
+_A_REGISTERS = 1.045  # cost factor of taking A through registers: slower, only searched
 _PAIR = 1.002  # a multicast pair loads less from L2 and waits more: level so far, so it breaks ties
 
 

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fp8moe.kernels import cast, jit, reference
 from fp8moe.kernels.fp8tensor import AMAX_FLOOR, FP8_DTYPE, ceil_div, padded_capacity, scale_ld
+from fp8moe.testing import same_bits
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -143,18 +144,8 @@ def ends_of(sizes: list[int], device: torch.device | str = "cpu") -> torch.Tenso
 # ------------------------------------------------------------------------------------------- checks
 
 
-def bits(t: torch.Tensor) -> torch.Tensor:
-    t = t.detach().cpu().contiguous()
-    return t.view(torch.int32) if t.dtype == torch.float32 else t.view(torch.uint8)
-
-
-def same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Bit equality, so that -0 differs from 0 and a NaN equals itself."""
-    return torch.equal(bits(actual), bits(expected))
-
-
 def same_all(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> bool:
-    return len(actual) == len(expected) and all(map(same, actual, expected))
+    return len(actual) == len(expected) and all(map(same_bits, actual, expected))
 
 
 def loop_cases(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -261,15 +252,15 @@ def test_planted_errors_are_seen() -> None:
     assert same_all((data, scale), (data.clone(), scale.clone()))
     flipped = data.clone()
     flipped.view(torch.uint8)[129, 259] ^= 1
-    assert not same(flipped, data)
+    assert not same_bits(flipped, data)
     nudged = scale.clone()
     nudged[0, 2] = torch.nextafter(nudged[0, 2], torch.tensor(math.inf))
-    assert not same(nudged, scale)
+    assert not same_bits(nudged, scale)
     zero = torch.zeros(4)
-    assert not same(-zero, zero)
+    assert not same_bits(-zero, zero)
     # A reciprocal multiplied in place of a division is one of the errors the loops must see.
     amax = x.abs().amax(dim=1).float()
-    assert not same(amax / torch.full_like(amax, 448.0), amax * torch.tensor(1.0 / 448.0))
+    assert not same_bits(amax / torch.full_like(amax, 448.0), amax * torch.tensor(1.0 / 448.0))
 
 
 # ----------------------------------------------------------------------------------- fake, compile
@@ -313,7 +304,7 @@ def test_compiles_as_one_graph() -> None:
         used = ceil_div(rows - 30, 128) * 128 + 128
         trim = (slice(None), slice(None), slice(used), slice(used // 128))
         for actual, expected, at in zip(compiled(x, ends), casts(x, ends), trim, strict=True):
-            assert same(actual[:, at], expected[:, at])
+            assert same_bits(actual[:, at], expected[:, at])
 
 
 # ----------------------------------------------------------------------------------- bad arguments

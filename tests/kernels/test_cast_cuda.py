@@ -11,6 +11,7 @@ import torch
 from fp8moe import testing
 from fp8moe.kernels import cast, reference, status
 from fp8moe.kernels.fp8tensor import ceil_div
+from fp8moe.testing import bits, same_bits
 
 pytestmark = pytest.mark.gpu
 
@@ -34,18 +35,8 @@ def ends_of(sizes: list[int], device: torch.device | str = "cpu") -> torch.Tenso
     return torch.tensor(sizes).cumsum(0).int().to(device)
 
 
-def bits(t: torch.Tensor) -> torch.Tensor:
-    t = t.detach().cpu().contiguous()
-    return t.view(torch.int32) if t.dtype == torch.float32 else t.view(torch.uint8)
-
-
-def same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Bit equality, so that -0 differs from 0 and a NaN equals itself."""
-    return torch.equal(bits(actual), bits(expected))
-
-
 def same_all(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> bool:
-    return len(actual) == len(expected) and all(map(same, actual, expected))
+    return len(actual) == len(expected) and all(map(same_bits, actual, expected))
 
 
 @pytest.fixture

@@ -20,16 +20,9 @@ from fp8moe.kernels.fp8tensor import ceil_div
 Start = Callable[..., torch.Tensor]
 
 
-def bits(t: torch.Tensor) -> torch.Tensor:
-    t = t.contiguous()
-    if t.dtype in (torch.float32, torch.int32):
-        return t.view(torch.int32)
-    return t.view(torch.int16) if t.element_size() == 2 else t.view(torch.uint8)
-
-
 def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    different = bits(actual) != bits(expected)
+    different = testing.bits(actual) != testing.bits(expected)
     assert not different.any(), f"{int(different.sum())} differ, first {different.nonzero()[0]}"
 
 
