@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     )
     from fp8moe.kernels.fp8tensor import FP8Tensor
     from fp8moe.kernels.status import check_errors
-    from fp8moe.modules import Experts, MoE, Router
+    from fp8moe.modules import Experts, MoE, Router, replace_experts
 
 __version__ = "0.1.0"
 
@@ -37,6 +37,7 @@ __all__ = [
     "modules",
     "observe_fp8",
     "quant",
+    "replace_experts",
     "swiglu_experts",
     "testing",
 ]
@@ -51,6 +52,7 @@ _MODULE_OF = {
     "clear_weight_cache": "fp8moe.functional",
     "grouped_linear": "fp8moe.functional",
     "observe_fp8": "fp8moe.functional",
+    "replace_experts": "fp8moe.modules",
     "swiglu_experts": "fp8moe.functional",
 }
 

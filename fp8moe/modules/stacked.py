@@ -1,7 +1,7 @@
 """Experts kept as `gate_up_proj` (E, 2I, H) and `down_proj` (E, H, I): Hugging Face's layout.
 
-A module of this kind takes hidden states and a finished routing. Transformers describes its variants
-by attributes (`has_gate`, `has_bias`, `is_transposed`, `is_concatenated`) and by a method
+A module of this kind takes hidden states and a finished routing. Transformers describes its
+variants by attributes (`has_gate`, `has_bias`, `is_transposed`, `is_concatenated`) and by a method
 `_apply_gate`, which a class overrides for anything but activation(gate) * up.
 """
 
@@ -111,12 +111,12 @@ class StackedExperts(nn.Module):
         reason = unsupported(experts)
         if reason is not None:
             raise ValueError(f"{type(experts).__name__}: fp8moe does not support {reason}")
-        self.gate_up_proj: Any = experts.gate_up_proj
-        self.down_proj: Any = experts.down_proj
+        weights: Any = experts
+        self.gate_up_proj, self.down_proj = weights.gate_up_proj, weights.down_proj
         self.act_fn = nn.SiLU()
-        self.num_experts = self.gate_up_proj.shape[0]
+        self.num_experts = weights.down_proj.shape[0]
         self.fp8_config = config
-        self.train(experts.training)
+        self.training = experts.training
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
