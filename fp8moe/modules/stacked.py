@@ -38,24 +38,27 @@ def unsupported(experts: nn.Module) -> str | None:
     Args:
         experts: a module in this layout, or one of its variants.
     """
+    found = []
     if not getattr(experts, "has_gate", True):
-        return "experts without a gate projection; expected SwiGLU"
+        found.append("experts without a gate projection")
     if getattr(experts, "has_bias", False):
-        return "experts with biases; expected none"
+        found.append("biases")
     if getattr(experts, "is_transposed", False):
-        return "transposed weights (E, H, 2I) and (E, I, H); expected (E, 2I, H) and (E, H, I)"
+        found.append("transposed weights (E, H, 2I) and (E, I, H)")
     if not getattr(experts, "is_concatenated", True):
-        return "interleaved gate and up rows; expected gate rows, then up rows"
+        found.append("interleaved gate and up rows")
     gating = getattr(type(experts), "_apply_gate", None)
-    if gating is not None and gating.__name__ != "_default_apply_gate":
-        return "a gating function of its own (a clamp or the like); expected silu(gate) * up"
     activation = getattr(experts, "act_fn", None)
-    if not is_silu(activation):
-        return f"activation {_name(activation)}; expected SiLU"
+    if gating is not None and gating.__name__ != "_default_apply_gate":
+        found.append("a gating function of its own (a clamp or the like)")
+    elif not is_silu(activation):
+        found.append(f"activation {_name(activation)}")
+    if found:
+        return f"{', '.join(found)}; expected silu(gate) * up with (E, 2I, H) and (E, H, I)"
     for name in ("gate_up_proj", "down_proj"):
         weight = getattr(experts, name, None)
         if not isinstance(weight, torch.Tensor) or weight.dim() != 3:
-            return f"no 3-dimensional {name}"
+            return f"{name}: {_name(weight)}; expected a 3-dimensional tensor"
         if weight.dtype not in FLOATS:
             return f"{name} in {weight.dtype}; expected bfloat16, float16 or float32"
     return None

@@ -574,14 +574,14 @@ def test_stacked_experts_keep_their_parameters():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"act_fn": nn.GELU()}, "activation GELU; expected SiLU"),
+        ({"act_fn": nn.GELU()}, "activation GELU; expected silu"),
         ({"act_fn": F.relu}, "activation relu"),
         ({"has_bias": True}, "biases"),
         ({"has_gate": False}, "without a gate"),
         ({"is_transposed": True}, "transposed"),
         ({"is_concatenated": False}, "interleaved"),
         ({"gate_up_proj": nn.Parameter(torch.zeros(E, I, H))}, r"gate_up_proj is \(4, 256, 128\)"),
-        ({"gate_up_proj": None}, "no 3-dimensional gate_up_proj"),
+        ({"gate_up_proj": None}, "gate_up_proj: NoneType; expected a 3-dim"),
         (
             {"down_proj": nn.Parameter(torch.zeros(E, H, I, dtype=torch.float64))},
             "down_proj in torch.float64",
