@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -438,3 +440,33 @@ def test_replace_experts_leaves_what_it_cannot_do():
     assert not report.replaced
     assert re.match(REFUSED["GptOssExperts"], report.left[0].reason)
     assert report.left[0].kind == "GptOssExperts"
+
+
+# ------------------------------------------------------------------------------ several processes
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_expert_parallelism_of_transformers(tmp_path):
+    """Each of two processes holds half of the experts and drops the other half's slots."""
+    build().save_pretrained(tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ids = tokens()
+    torch.save(ids, tmp_path / "ids.pt")
+    worker = Path(__file__).with_name("expert_parallel_worker.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         worker, tmp_path / "model", tmp_path / "ids.pt", tmp_path / "result.pt"],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = torch.load(tmp_path / "result.pt")
+    assert result["local"] == E // 2
+    dropped = (result["ids"] == E // 2).float().mean()
+    assert 0.2 < dropped < 0.8  # the sentinel was really there
+    logits, grads = run(model, "fp8moe", ids)
+    # One process sums a token's experts in FP32, two round their part to the model's dtype.
+    parallel = result["logits"], result["grads"]
+    assert not failures(parallel, (logits, grads), gates=(40.0, 40.0, 30.0))
+    assert failures(parallel, run(model, "eager", ids), gates=(40.0, 40.0, 30.0))
