@@ -1,0 +1,74 @@
+"""One model from loading to its trained state, in full or through adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import fp8moe
+from recipes.pretrain.config import UserError
+
+from . import models
+from .data import Text
+from .settings import Settings
+from .training import train
+
+Log = Callable[[str, str], None]
+
+
+def _attach_adapters(model: Any, settings: Settings) -> Any:
+    """Experts frozen in FP8 with low-rank updates, and PEFT's adapters on attention."""
+    import peft
+
+    try:
+        fp8moe.freeze_experts(model, lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha)
+    except ValueError as error:
+        raise UserError(f"--lora: {error}") from error
+    targets = models.attention_projections(model)
+    if not targets:
+        raise UserError("--lora: found no linear layers in attention blocks")
+    lora = peft.LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, lora)
+
+
+def _merge_adapters(model: Any) -> Any:
+    model = model.merge_and_unload()
+    fp8moe.merge_adapters(model)
+    return model
+
+
+def finetune(
+    precision: str, text: Text, settings: Settings, log: Log
+) -> tuple[Any, dict[str, Any]]:
+    """Loads and trains a model.
+
+    Args:
+        precision: of the experts, "fp8" or "bf16".
+
+    Returns: the trained model, adapters merged, and what was measured.
+
+    Raises: UserError.
+    """
+    model = models.load_model(settings)
+    if precision == "fp8":
+        models.use_fp8_experts(model)
+    if settings.lora:
+        model = _attach_adapters(model, settings)
+    counts = models.parameter_counts(model)
+    name = settings.model or f"random {model.config.model_type}"
+    kind = "adapters" if settings.lora else "all weights"
+    log(
+        "model",
+        f"{name}: {counts['parameters'] / 1e6:,.2f} M parameters, "
+        f"{counts['trainable'] / 1e6:,.2f} M trained ({kind}), experts {precision}",
+    )
+    result = train(model, text, settings, lambda line: log(precision, line))
+    if settings.lora:
+        model = _merge_adapters(model)
+    return model, counts | dataclasses.asdict(result)
