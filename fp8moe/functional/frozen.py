@@ -1,4 +1,4 @@
-"""frozen_swiglu_experts: the expert layer with weights that exist only in FP8, and low-rank updates.
+"""frozen_swiglu_experts: experts whose weights exist only in FP8, with low-rank updates.
 
 A frozen weight has no gradient, so one FP8 copy of it serves everything: fprop reads it as it is
 and dgrad reads its transpose, which is a transpose of bytes, stored or made when it is needed.

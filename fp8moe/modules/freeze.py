@@ -1,4 +1,4 @@
-"""freeze_experts: the experts of a model to FP8, in place; merge_adapters: their updates back in."""
+"""freeze_experts: a model's experts to FP8, in place; merge_adapters: their updates back in."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ from fp8moe.functional.arguments import check_some
 from fp8moe.functional.frozen import check_frozen_config
 from fp8moe.modules.experts import Experts
 from fp8moe.modules.lora import LowRankUpdate, check_lora
-from fp8moe.quant import FP8Tensor, dequantize, per_block, transpose_per_block
+from fp8moe.quant import FP8Tensor, dequantize, transpose_per_block
+from fp8moe.quant.checkpoint import stable_per_block
 
 _BLOCK = 128
 _WEIGHTS = ("w13", "w2")
@@ -141,8 +142,8 @@ class FrozenExperts(nn.Module):
         check_frozen_sizes(*shape)
         pow2 = config.pow2_weight_scales
         self = cls(*shape, config=config, keep_transpose=keep_transpose, device="meta")
-        self._replace("w13", per_block(w13, pow2=pow2))
-        self._replace("w2", per_block(w2, pow2=pow2))
+        self._replace("w13", stable_per_block(w13, pow2=pow2))
+        self._replace("w2", stable_per_block(w2, pow2=pow2))
         return self
 
     def _replace(self, name: str, w: FP8Tensor) -> None:
@@ -233,7 +234,7 @@ class FrozenExperts(nn.Module):
             w, pow2 = self._fp8(name), self.config.pow2_weight_scales
             merged = FP8Tensor(torch.empty_like(w.data), torch.empty_like(w.scale))
             for e in range(self.num_experts):
-                one = per_block(self.expert_weight(name, e), pow2=pow2)
+                one = stable_per_block(self.expert_weight(name, e), pow2=pow2)
                 merged.data[e].copy_(one.data)
                 merged.scale[e].copy_(one.scale)
             self._replace(name, merged)
