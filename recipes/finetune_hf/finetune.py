@@ -18,13 +18,9 @@ Log = Callable[[str, str], None]
 
 
 def _attach_adapters(model: Any, settings: Settings) -> Any:
-    """Experts frozen in FP8 with low-rank updates, and PEFT's adapters on attention."""
+    """PEFT's adapters on attention, and experts frozen in FP8 with low-rank updates."""
     import peft
 
-    try:
-        fp8moe.freeze_experts(model, lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha)
-    except ValueError as error:
-        raise UserError(f"--lora: {error}") from error
     targets = models.attention_projections(model)
     if not targets:
         raise UserError("--lora: found no linear layers in attention blocks")
@@ -34,7 +30,13 @@ def _attach_adapters(model: Any, settings: Settings) -> Any:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    return peft.get_peft_model(model, lora)
+    model = peft.get_peft_model(model, lora)
+    # After PEFT, which freezes every parameter that is not its own.
+    try:
+        fp8moe.freeze_experts(model, lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha)
+    except ValueError as error:
+        raise UserError(f"--lora: {error}") from error
+    return model
 
 
 def _merge_adapters(model: Any) -> Any:
@@ -58,17 +60,19 @@ def finetune(
     model = models.load_model(settings)
     if precision == "fp8":
         models.use_fp8_experts(model)
+    parameters = sum(p.numel() for p in model.parameters())
     if settings.lora:
         model = _attach_adapters(model, settings)
-    counts = models.parameter_counts(model)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     name = settings.model or f"random {model.config.model_type}"
     kind = "adapters" if settings.lora else "all weights"
     log(
         "model",
-        f"{name}: {counts['parameters'] / 1e6:,.2f} M parameters, "
-        f"{counts['trainable'] / 1e6:,.2f} M trained ({kind}), experts {precision}",
+        f"{name}: {parameters / 1e6:,.2f} M parameters, {trainable / 1e6:,.2f} M trained "
+        f"({kind}), experts {precision}",
     )
     result = train(model, text, settings, lambda line: log(precision, line))
     if settings.lora:
         model = _merge_adapters(model)
-    return model, counts | dataclasses.asdict(result)
+    measured = {"parameters": parameters, "trainable": trainable, **dataclasses.asdict(result)}
+    return model, measured

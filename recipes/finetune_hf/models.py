@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 import fp8moe
+from fp8moe.integrations.checkpoint import model_from_fp8_checkpoint
 from recipes.pretrain.config import UserError
 
 from .settings import BYTES, QWEN3_MOE, Settings
@@ -19,15 +20,15 @@ def load_tokenizer(settings: Settings) -> Any | None:
 
     Raises: UserError where there is neither.
     """
-    if settings.model is None:
+    if settings.model is None or _config(settings.model).get_text_config().vocab_size == BYTES:
         return None
     try:
-        return transformers.AutoTokenizer.from_pretrained(settings.model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model)
     except (OSError, ValueError, KeyError) as error:
-        config = _config(settings.model)
-        if config.get_text_config().vocab_size == BYTES:
-            return None
         raise UserError(f"--model: {settings.model} has no tokenizer: {error}") from error
+    if not tokenizer("text")["input_ids"]:  # what transformers makes of a folder without one
+        raise UserError(f"--model: {settings.model} has no tokenizer")
+    return tokenizer
 
 
 def _config(model: str) -> Any:
@@ -40,31 +41,41 @@ def _config(model: str) -> Any:
 def load_model(settings: Settings) -> Any:
     """The model on its device, in `settings.dtype`, with transformers' own experts.
 
+    A local block-FP8 checkpoint becomes a model to train: its experts stay FP8 for LoRA.
+
     Raises: UserError where it cannot be loaded.
     """
     transformers.set_seed(settings.seed)
     if settings.model is None:
         config = transformers.Qwen3MoeConfig(**QWEN3_MOE[settings.preset])
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=settings.torch_dtype)
-    else:
-        try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                settings.model, dtype=settings.torch_dtype
+        return model.to(settings.device)
+    config = _config(settings.model)
+    try:
+        if getattr(config, "quantization_config", None) is not None:
+            return model_from_fp8_checkpoint(
+                settings.model,
+                frozen=settings.lora,
+                dtype=settings.torch_dtype,
+                device=settings.device,
             )
-        except (OSError, ValueError) as error:
-            raise UserError(f"--model: cannot load {settings.model}: {error}") from error
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            settings.model, dtype=settings.torch_dtype
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model: cannot load {settings.model}: {error}") from error
     return model.to(settings.device)
 
 
-def use_fp8_experts(model: nn.Module) -> fp8moe.modules.ReplacementReport:
+def use_fp8_experts(model: nn.Module) -> None:
     """All expert layers of the model in FP8.
 
     Raises: UserError if there is none, or one that fp8moe does not support.
     """
+    frozen = any(isinstance(module, fp8moe.FrozenExperts) for module in model.modules())
     report = fp8moe.replace_experts(model)
-    if report.left or not report.replaced:
+    if report.left or not (report.replaced or frozen):
         raise UserError("--model: the model has expert layers that fp8moe cannot replace, or none")
-    return report
 
 
 def attention_projections(model: nn.Module) -> list[str]:
@@ -74,11 +85,6 @@ def attention_projections(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and "attn" in name.rpartition(".")[0].rpartition(".")[2]
     ]
-
-
-def parameter_counts(model: nn.Module) -> dict[str, int]:
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"parameters": sum(p.numel() for p in model.parameters()), "trainable": trainable}
 
 
 def free(device: str) -> None:
