@@ -136,7 +136,7 @@ class _Names:
         own: tuple[str, ...] | None = None if self._known else FrozenExperts.projections
         if isinstance(module, ListedExperts):
             own = module.layout.names
-        elif "projections" in vars(module):  # frozen from a ListedExperts
+        elif isinstance(module, FrozenExperts) and "projections" in vars(module):
             own = module.projections
         if own is not None:
             prefix = f"{name}." if name else ""
@@ -163,34 +163,46 @@ def _refuse_sharded(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def checkpoint_layout(model: nn.Module) -> list[ExpertLayer | Other]:
-    """Every expert layer and every other tensor of the model's state dict, in its order.
+def checkpoint_experts(model: nn.Module) -> list[ExpertLayer]:
+    """Every expert layer of the model, in its order.
 
-    Raises: ValueError for a model without expert layers, with experts of another form or sizes, or
-        with adapters or shards that a checkpoint has no place for.
+    Raises: ValueError for a model without any, or with ones of another form, size or sharding.
     """
-    names = _Names(model)
-    layers: dict[str, ExpertLayer] = {}
+    return _experts(model, _Names(model))
+
+
+def _experts(model: nn.Module, names: _Names) -> list[ExpertLayer]:
+    layers = []
     for name, module in model.named_modules():
         try:
-            frozen = isinstance(module, FrozenExperts)
-            weights = None if frozen else expert_weight_names(module)
-            if frozen:
+            if isinstance(module, FrozenExperts):
+                weights = None
                 shape = (module.num_experts, module.hidden_size, module.intermediate_size)
-            elif weights is not None:
+            else:
+                weights = expert_weight_names(module)
+                if weights is None:
+                    continue
                 for weight in weights:
                     _refuse_sharded(weight, getattr(module, weight))
                 shape = tuple(getattr(module, weights[1]).shape)
                 check_frozen_sizes(*shape)
-            else:
-                continue
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         per_expert = names.experts(name, module, shape[0])
-        layers[name] = ExpertLayer(name, module, weights, shape, *per_expert)
+        layers.append(ExpertLayer(name, module, weights, shape, *per_expert))
     if not layers:
         raise ValueError(f"model: expected expert layers in {type(model).__name__}, found none")
+    return layers
 
+
+def checkpoint_layout(model: nn.Module) -> list[ExpertLayer | Other]:
+    """Every expert layer and every other tensor of the model's state dict, in its order.
+
+    Raises: ValueError as `checkpoint_experts`, and for adapters or shards outside of the experts,
+        which a checkpoint has no place for.
+    """
+    names = _Names(model)
+    layers = {layer.name: layer for layer in _experts(model, names)}
     items: list[ExpertLayer | Other] = []
     others: dict[int, int] = {}  # id of a tensor -> its place in items
     seen: set[str] = set()

@@ -29,6 +29,7 @@ from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, FP8Tensor, ceil_div
 from fp8moe.quant.casts import per_block
 from fp8moe.quant.dequantize import dequantize
 
+CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SCALE = "_scale_inv"
@@ -210,7 +211,7 @@ class CheckpointWriter:
 
 
 class Entry(NamedTuple):
-    """One tensor of a checkpoint, as its file's header describes it; dtype in safetensors' words."""
+    """One tensor, as its file's header describes it; its dtype in the words of safetensors."""
 
     file: str
     dtype: str
@@ -322,6 +323,7 @@ def _safetensors() -> None:
 
 
 __all__ = [
+    "CONFIG",
     "INDEX",
     "CheckpointReader",
     "CheckpointWriter",
