@@ -39,12 +39,6 @@ def _attach_adapters(model: Any, settings: Settings) -> Any:
     return model
 
 
-def _merge_adapters(model: Any) -> Any:
-    model = model.merge_and_unload()
-    fp8moe.merge_adapters(model)
-    return model
-
-
 def finetune(
     precision: str, text: Text, settings: Settings, log: Log
 ) -> tuple[Any, dict[str, Any]]:
@@ -53,7 +47,7 @@ def finetune(
     Args:
         precision: of the experts, "fp8" or "bf16".
 
-    Returns: the trained model, adapters merged, and what was measured.
+    Returns: the trained model, with its adapters, and what was measured.
 
     Raises: UserError.
     """
@@ -72,7 +66,5 @@ def finetune(
         f"({kind}), experts {precision}",
     )
     result = train(model, text, settings, lambda line: log(precision, line))
-    if settings.lora:
-        model = _merge_adapters(model)
     measured = {"parameters": parameters, "trainable": trainable, **dataclasses.asdict(result)}
     return model, measured

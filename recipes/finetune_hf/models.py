@@ -48,7 +48,9 @@ def load_model(settings: Settings) -> Any:
     transformers.set_seed(settings.seed)
     if settings.model is None:
         config = transformers.Qwen3MoeConfig(**QWEN3_MOE[settings.preset])
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=settings.torch_dtype)
+        model: Any = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=settings.torch_dtype
+        )
         return model.to(settings.device)
     config = _config(settings.model)
     try:

@@ -118,6 +118,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# What changes with adapters, with --model, and with both.
+_LORA = {"experts": "fp8"}
+_MODEL = {
+    "experts": "fp8", "batch_size": 1, "grad_accumulation": 8, "gradient_checkpointing": True,
+    # Updates of this size would be lost in BF16 weights.
+    "lr": 1e-5, "dtype": "float32",
+}  # fmt: skip
+_MODEL_LORA = {"lr": 2e-4, "dtype": "bfloat16"}
+
 
 def choose(preset: str | None, overrides: dict[str, Any]) -> Settings:
     """The preset's settings (without one: h100 on a Hopper GPU, else cpu) with some replaced.
@@ -128,9 +137,11 @@ def choose(preset: str | None, overrides: dict[str, Any]) -> Settings:
         hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
         preset = "h100" if hopper else "cpu"
     values = PRESETS[preset] | {"preset": preset}
-    if overrides.get("mode") == "lora" or overrides.get("model") is not None:
-        # Not a comparison of speeds but a fine-tuning run.
-        values = values | {"experts": "fp8"}
+    asked = Settings(**overrides)
+    if asked.lora:
+        values |= _LORA
+    if asked.model is not None:
+        values |= _MODEL | (_MODEL_LORA if asked.lora else {})
     settings = Settings(**(values | overrides))
     settings.check()
     return settings
