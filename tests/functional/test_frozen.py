@@ -110,9 +110,7 @@ def failures(result: dict, exact: dict, ids: torch.Tensor) -> set[str]:
 @pytest.mark.parametrize("save", ["bf16", "fp8", "recompute"])
 @pytest.mark.parametrize("keep_transpose", [False, True])
 @pytest.mark.parametrize("kind", ["uniform", "zipf", "one_hot"])
-def test_bitwise_the_trainable_layer_on_dequantized_weights(
-    make_layer, save, keep_transpose, kind
-):
+def test_bitwise_the_trainable_layer_on_dequantized_weights(make_layer, save, keep_transpose, kind):
     layer = make_layer(kind=kind, dropped=0.1)
     config = FP8Config(save=save)
     w13, w2 = quant.per_block(layer.w13), quant.per_block(layer.w2)
@@ -231,9 +229,7 @@ def test_save_fp8_keeps_the_hidden_activation_in_half_the_bytes(make_layer):
 
         x = layer.x.clone().requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            frozen_swiglu_experts(
-                x, layer.ids, layer.weights, w13, w2, config=FP8Config(save=save)
-            )
+            frozen_swiglu_experts(x, layer.ids, layer.weights, w13, w2, config=FP8Config(save=save))
         weights = sum(t.numel() * t.element_size() for w in (w13, w2) for t in w)
         return sum(sizes.values()) - weights
 

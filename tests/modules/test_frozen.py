@@ -108,7 +108,9 @@ def test_merging_gives_the_forward_of_the_updates():
     assert testing.sqnr_db(plain, expected) < 12  # the updates matter
     in_fp32 = experts.to_experts(torch.float32)
     in_fp32.config = fp8moe.FP8Config.bf16()
-    assert testing.sqnr_db(in_fp32(x, ids, p).detach(), expected) > 25  # FP8 activations against BF16 ones
+    assert (
+        testing.sqnr_db(in_fp32(x, ids, p).detach(), expected) > 25
+    )  # FP8 activations against BF16 ones
     experts.merge_adapters()
     assert experts.updates() == {}
     assert list(experts.parameters()) == []
