@@ -10,8 +10,9 @@ What is trained is a low-rank update of each expert's two matrices,
 whose GEMMs run in BF16: they are a few per cent of the work, and a rank below 128 would leave most
 of an FP8 scale block empty. In this layer's flow every activation that reaches a GEMM of a frozen
 weight has been rounded to FP8; the update of w2 gets the same rounded activation, the update of
-w13 the unrounded x. Without updates the result equals `swiglu_experts` on the dequantized weights
-bit for bit (for power-of-two scales).
+w13 the unrounded x. Without updates, with BF16
+x and power-of-two scales, the result equals `swiglu_experts` on the dequantized weights bit for
+bit.
 
 Sources: Hu et al., LoRA (arXiv 2106.09685), section 4.1, for s, A and B; the package's docstring
 for the rest.

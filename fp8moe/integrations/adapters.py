@@ -35,7 +35,9 @@ _PREFIX = "base_model.model."
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def _layers(model: nn.Module) -> list[ExpertLayer]:
+def _layers(model: Any) -> list[ExpertLayer]:
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = model.get_base_model()  # PEFT's wrapper is not part of the names
     layers = [
         layer
         for layer in checkpoint_experts(model)

@@ -46,11 +46,13 @@ def _linear_weights(model: nn.Module) -> set[str]:
 
 def _not_converted(items: list[ExpertLayer | Other], linears: set[str]) -> list[str]:
     """Checkpoint names of the modules whose matrix `weight` stays as it is."""
-    found = []
-    for item in items:
-        if isinstance(item, Other) and item.tensor.dim() == 2 and item.names[0] not in linears:
-            found += [n.removesuffix(".weight") for n in item.checkpoint_names]
-    return found
+    matrices = (
+        name
+        for item in items
+        if isinstance(item, Other) and item.tensor.dim() == 2 and item.names[0] not in linears
+        for name in item.checkpoint_names
+    )
+    return [n.removesuffix(".weight") for n in matrices if n.endswith(".weight")]
 
 
 def _check_exportable(items: list[ExpertLayer | Other]) -> None:

@@ -111,7 +111,8 @@ def freeze_experts(
     transformers, with gate_up_proj (E, 2I, H), down_proj (E, H, I) and SiLU. Each layer's old
     weights are freed before the next one is cast, if nothing else holds them: freeze before making
     an optimizer. Layers that are frozen already stay so, and get updates if `lora_rank` is given.
-    Other parameters are left alone, and stay trainable if they were.
+    Other parameters are left alone, and stay trainable if they were: see `train_only_adapters`.
+    With PEFT for other layers, call `get_peft_model` first, which freezes all but its own.
 
     Args:
         model: any module that contains expert layers, also on the meta device.

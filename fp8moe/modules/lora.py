@@ -22,7 +22,7 @@ class LowRankUpdate(nn.Module):
         dtype: of the parameters; their gradients have it too. The GEMMs run in BF16.
 
     Parameters: lora_A (E, r, K), uniform in +-1/sqrt(K); lora_B (E, N, r), zero: the update starts
-        as nothing. Adapter libraries know adapters by the `lora_` in their names.
+        as nothing.
 
     Raises: ValueError naming the argument.
 
