@@ -86,7 +86,7 @@ def test_every_section_has_code_and_a_table():
 
 def test_huggingface():
     model = run("Hugging Face")["model"]
-    assert model.get_experts_implementation()[""] == "fp8moe_lean"
+    assert model.config._experts_implementation == "fp8moe_lean"
     model(torch.zeros(1, 4, dtype=torch.int64))
 
 
