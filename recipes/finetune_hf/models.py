@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
@@ -48,10 +49,8 @@ def load_model(settings: Settings) -> Any:
     transformers.set_seed(settings.seed)
     if settings.model is None:
         config = transformers.Qwen3MoeConfig(**QWEN3_MOE[settings.preset])
-        model: Any = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=settings.torch_dtype
-        )
-        return model.to(settings.device)
+        with torch.device(settings.device):
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=settings.torch_dtype)
     config = _config(settings.model)
     try:
         if getattr(config, "quantization_config", None) is not None:
@@ -61,7 +60,7 @@ def load_model(settings: Settings) -> Any:
                 dtype=settings.torch_dtype,
                 device=settings.device,
             )
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             settings.model, dtype=settings.torch_dtype
         )
     except (OSError, ValueError) as error:
@@ -91,6 +90,7 @@ def attention_projections(model: nn.Module) -> list[str]:
 
 def free(device: str) -> None:
     """Gives cached device memory back, so that the next model's peak is its own."""
+    gc.collect()  # the Trainer and its callbacks know each other
     fp8moe.clear_weight_cache()
     if device == "cuda":
         torch.cuda.empty_cache()

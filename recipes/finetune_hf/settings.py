@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -103,6 +104,14 @@ class Settings:
             raise UserError("--export-fp8: expected --experts fp8 or both, got bf16")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch finds no GPU here")
+        if self.device == "cuda" and torch.cuda.device_count() > 1:
+            # The Trainer would wrap the model in DataParallel.
+            raise UserError(
+                f"--device cuda: expected one GPU, found {torch.cuda.device_count()}; "
+                "set CUDA_VISIBLE_DEVICES to one of them"
+            )
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("expected one process: this recipe trains on one device")
 
 
 _POSITIVE = (

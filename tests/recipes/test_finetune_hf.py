@@ -305,6 +305,16 @@ def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
     assert (tmp_path / "run" / "file").exists()
 
 
+def test_one_process_with_one_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="expected one GPU, found 2; set CUDA_VISIBLE_DEVICES"):
+        choose("h100", {})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="expected one process"):
+        choose("cpu", {})
+
+
 def test_defaults():
     assert choose("cpu", {}).precisions == ("fp8",) and not choose("cpu", {}).lora
     assert choose("cpu", {"model": "x"}).lora and choose("cpu", {"model": "x"}).lr == 2e-4
