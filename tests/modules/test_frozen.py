@@ -284,9 +284,24 @@ class Gelu(Stacked):
         self.act_fn = nn.GELU()
 
 
+class Transposed(Stacked):
+    def __init__(self) -> None:
+        super().__init__(H, 256)
+        self.gate_up_proj = nn.Parameter(self.gate_up_proj.detach().mT.contiguous())
+
+
+class Sorted(Stacked):
+    """Takes rows that are sorted by expert already."""
+
+    def forward(self, rows, group_ends):
+        raise NotImplementedError
+
+
 @pytest.mark.parametrize(
     ("layers", "options", "message"),
     [
+        ((Transposed,), {}, r"layers\.1: Transposed: expected gate_up_proj .*got \(4, 256, 512\)"),
+        ((Sorted,), {}, r"layers\.1: Sorted: .* got forward\(rows, group_ends\)"),
         ((Gelu,), {}, r"layers\.1: Gelu: fp8moe does not support activation GELU"),
         ((lambda: Stacked(H, 80),), {}, r"layers\.1: intermediate_size: .* got 80"),
         ((lambda: fp8moe.Experts(E, 144, 128),), {}, r"layers\.1: hidden_size: .* got 144"),
