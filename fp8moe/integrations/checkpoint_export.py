@@ -117,7 +117,8 @@ def export_fp8_checkpoint(
     training with the default FP8Config multiplied with. Frozen FP8 experts go out byte for byte.
     Everything else keeps its dtype, and `modules_to_not_convert` in config.json names it.
 
-    An import of the result, frozen or not, exports the same bytes again.
+    An import of the result, frozen or not, exports the same bytes again. Among several processes,
+    one of them should call this.
 
     Args:
         model: a transformers model, or any module that contains `fp8moe.Experts`, frozen or not

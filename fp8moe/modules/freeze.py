@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,19 +40,33 @@ class FreezeReport:
         )
 
 
-def expert_weight_names(module: nn.Module) -> tuple[str, str] | None:
+def expert_weight_names(module: Any) -> tuple[str, str] | None:
     """Names of the (E, 2I, H) and (E, H, I) weights of an expert layer; None for other modules.
 
-    Raises: ValueError for experts of transformers that are not silu(gate) * up in this layout.
+    Raises: ValueError for experts of transformers that are not silu(gate) * up in this layout, or
+        that are not called with hidden states, expert ids and weights.
     """
     if isinstance(module, Experts):
         return "w13", "w2"
     stacked = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
     if not all(isinstance(w, torch.Tensor) and w.dim() == 3 for w in stacked):
         return None
+    kind = type(module).__name__
     reason = None if isinstance(module, StackedExperts) else unsupported(module)
     if reason is not None:
-        raise ValueError(f"{type(module).__name__}: fp8moe does not support {reason}")
+        raise ValueError(f"{kind}: fp8moe does not support {reason}")
+    (e, hidden, inner), got = module.down_proj.shape, tuple(module.gate_up_proj.shape)
+    if got != (e, 2 * inner, hidden):
+        raise ValueError(
+            f"{kind}: expected gate_up_proj (E, 2I, H) = {(e, 2 * inner, hidden)} beside down_proj "
+            f"{(e, hidden, inner)}, got {got}"
+        )
+    arguments = list(inspect.signature(module.forward).parameters)
+    if len(arguments) != 3:
+        raise ValueError(
+            f"{kind}: expected forward(hidden_states, top_k_index, top_k_weights), got "
+            f"forward({', '.join(arguments)})"
+        )
     return "gate_up_proj", "down_proj"
 
 

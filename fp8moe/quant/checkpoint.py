@@ -6,9 +6,10 @@ matrix `X.weight` (N, K) is stored as
     X.weight            (N, K)                          float8_e4m3fn
     X.weight_scale_inv  (ceil(N/128), ceil(K/128))      float32
 
-with weight ~= data * scale_inv: despite its name it is this package's `scale`. Experts are stored
-one matrix each. config.json says so in `quantization_config`, and names the modules whose weights
-are not FP8. Large models are split into numbered files with an index.
+with weight ~= data * scale_inv: despite its name it is this package's `scale`. (Some published
+models have BF16 or FP16 scales, which are read too.) Experts are stored one matrix each.
+config.json says so in `quantization_config`, and names the modules whose weights are not FP8. Large
+models are split into numbered files with an index.
 
 Source: the DeepSeek-V3 model repository, README_WEIGHTS.md; transformers' FineGrainedFP8Config.
 """
@@ -33,6 +34,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SCALE = "_scale_inv"
+_SCALE_DTYPES = ("F32", "BF16", "F16")
 
 
 # ------------------------------------------------------------------------------------- one weight
@@ -278,8 +280,8 @@ class CheckpointReader:
         return self._files[self.entries[name].file].get_tensor(name)
 
     def read_fp8(self, name: str, device: torch.device | str | None = None) -> FP8Tensor:
-        """`X.weight` and its scale, as `fp8_problem` has found them right."""
-        data, scale = self.read(name), self.read(scale_name(name))
+        """`X.weight` and its scale in float32, as `fp8_problem` has found them right."""
+        data, scale = self.read(name), self.read(scale_name(name)).float()
         return FP8Tensor(data.to(device), scale.to(device))
 
     def is_fp8(self, name: str) -> bool:
@@ -301,8 +303,9 @@ class CheckpointReader:
         scale = self.entries.get(scale_name(name))
         if scale is None:
             return f"{scale_name(name)}: missing, the scale of an FP8 weight"
-        if scale.dtype != "F32":
-            return f"{scale_name(name)}: expected dtype F32, got {scale.dtype}"
+        if scale.dtype not in _SCALE_DTYPES:
+            expected = " or ".join(_SCALE_DTYPES)
+            return f"{scale_name(name)}: expected dtype {expected}, got {scale.dtype}"
         blocks = (ceil_div(shape[0], BLOCK), ceil_div(shape[1], BLOCK))
         if scale.shape != blocks:
             return (

@@ -289,6 +289,18 @@ def test_compiles_without_graph_breaks(make_frozen):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.gpu
+def test_forward_and_backward_read_nothing_on_the_host(make_frozen):
+    frozen = make_frozen()
+    frozen.run()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        frozen.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # ------------------------------------------------------------------------------------ bad input
 
 

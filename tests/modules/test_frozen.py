@@ -284,9 +284,24 @@ class Gelu(Stacked):
         self.act_fn = nn.GELU()
 
 
+class Transposed(Stacked):
+    def __init__(self) -> None:
+        super().__init__(H, 256)
+        self.gate_up_proj = nn.Parameter(self.gate_up_proj.detach().mT.contiguous())
+
+
+class Sorted(Stacked):
+    """Takes rows that are sorted by expert already."""
+
+    def forward(self, rows, group_ends):
+        raise NotImplementedError
+
+
 @pytest.mark.parametrize(
     ("layers", "options", "message"),
     [
+        ((Transposed,), {}, r"layers\.1: Transposed: expected gate_up_proj .*got \(4, 256, 512\)"),
+        ((Sorted,), {}, r"layers\.1: Sorted: .* got forward\(rows, group_ends\)"),
         ((Gelu,), {}, r"layers\.1: Gelu: fp8moe does not support activation GELU"),
         ((lambda: Stacked(H, 80),), {}, r"layers\.1: intermediate_size: .* got 80"),
         ((lambda: fp8moe.Experts(E, 144, 128),), {}, r"layers\.1: hidden_size: .* got 144"),
@@ -345,3 +360,44 @@ def test_replaced_lists_freeze_under_their_old_projection_names(capsys):
     fp8moe.freeze_experts(model)
     assert torch.equal(model(x), expected)
     assert model[0].experts.projections == ("w1", "w3", "w2")
+
+
+# -------------------------------------------------------------------------------- other machinery
+
+
+@pytest.mark.dist
+def test_data_parallel_synchronises_the_weights(tmp_path):
+    """One process is enough: at the start gloo is handed every buffer, and it refuses FP8."""
+    dist = pytest.importorskip("torch.distributed")
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = Model(Stacked())
+        fp8moe.freeze_experts(model, lora_rank=8)
+        fp8moe.train_only_adapters(model)
+        parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        parallel(*routed()).sum().backward()
+        assert model.layers[0].w2_lora.lora_B.grad.any()
+        model.register_buffer("fp8", torch.zeros(4, dtype=torch.float8_e4m3fn))
+        with pytest.raises(RuntimeError):
+            nn.parallel.DistributedDataParallel(model)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+def test_memory_of_a_step_on_the_gpu():
+    """Weights are held in one byte each, and their transposes only while backward needs them."""
+    e, h, i = 8, 2048, 1024
+    weights_bytes = 3 * e * h * i
+    before = torch.cuda.memory_allocated()
+    w13 = torch.randn(e, 2 * i, h, device="cuda", dtype=torch.bfloat16)
+    w2 = torch.randn(e, h, i, device="cuda", dtype=torch.bfloat16)
+    experts = FrozenExperts.from_weights(w13, w2)
+    del w13, w2
+    assert torch.cuda.memory_allocated() - before < 1.02 * weights_bytes
+    ids, p = testing.random_topk(128, 2, e, 0, "uniform", 0.0)
+    x = torch.randn(128, h, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    experts(x, ids.cuda(), p.cuda()).sum().backward()
+    x.grad = None
+    assert torch.cuda.memory_allocated() - before < 1.1 * weights_bytes

@@ -205,8 +205,8 @@ def test_folders_that_are_not_checkpoints(tmp_path):
         ({"w": quant.per_block(weight(128)).data}, r"w: expected shape \(256, 384\)"),
         ({"w": quant.per_block(weight()).data}, "w_scale_inv: missing"),
         (
-            {"w": quant.per_block(weight()).data, "w_scale_inv": torch.ones(2, 3).bfloat16()},
-            "w_scale_inv: expected dtype F32, got BF16",
+            {"w": quant.per_block(weight()).data, "w_scale_inv": torch.ones(2, 3).double()},
+            "w_scale_inv: expected dtype F32 or BF16 or F16, got F64",
         ),
         (
             {"w": quant.per_block(weight()).data, "w_scale_inv": torch.ones(4, 6)},
