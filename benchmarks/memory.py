@@ -20,8 +20,6 @@ import torch
 from benchmarks import harness
 from fp8moe.kernels import cast, permute, swiglu
 
-COPY_BYTES = 1 << 30
-
 
 class Shape(NamedTuple):
     tokens: int
@@ -173,12 +171,12 @@ def layer_cases(shape: Shape) -> list[Case]:
 
 def measure(label: str, cases: list[Case], iterations: int) -> list[dict[str, object]]:
     """Time all cases and a copy in alternation."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").zero_()
+    source = torch.empty(harness.COPY_BYTES, dtype=torch.uint8, device="cuda").zero_()
     target = torch.empty_like(source)
     functions: dict[str, Callable[[], object]] = {c.name: c.run for c in cases}
     functions["copy"] = lambda: target.copy_(source)
     times = harness.time_interleaved(functions, iterations)
-    copy_rate = 2 * COPY_BYTES / times["copy"]
+    copy_rate = 2 * harness.COPY_BYTES / times["copy"]
 
     def row(name: str, moved: int) -> dict[str, object]:
         rate = moved / times[name]
@@ -191,7 +189,7 @@ def measure(label: str, cases: list[Case], iterations: int) -> list[dict[str, ob
             "% of copy": 100 * rate / copy_rate,
         }
 
-    return [row(c.name, c.bytes) for c in cases] + [row("copy", 2 * COPY_BYTES)]
+    return [row(c.name, c.bytes) for c in cases] + [row("copy", 2 * harness.COPY_BYTES)]
 
 
 def main() -> None:
