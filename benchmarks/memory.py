@@ -114,6 +114,7 @@ def layer_cases(shape: Shape) -> list[Case]:
     x = random(tokens, hidden)
     x8 = cast.cast_per_token(x, True)
     h, da = random(len(slot_of_row), 2 * intermediate), random(len(slot_of_row), intermediate)
+    h8 = swiglu.swiglu_cast_both(h, weights, slot_of_row, True)[2:]
     y = random(len(slot_of_row), hidden)
     partials = torch.rand(intermediate // 128, len(slot_of_row), device="cuda")
     row_map = used(slot_of_row, rows)
@@ -162,9 +163,24 @@ def layer_cases(shape: Shape) -> list[Case]:
             swiglu_in + activation_bytes(intermediate),
         ),
         Case(
+            "swiglu_cast_both",
+            lambda: swiglu.swiglu_cast_both(h, weights, slot_of_row, True),
+            swiglu_in + activation_bytes(intermediate) + activation_bytes(2 * intermediate),
+        ),
+        Case(
             "swiglu_backward_cast",
-            lambda: swiglu.swiglu_backward_cast(h, da, weights, slot_of_row, True),
+            lambda: swiglu.swiglu_backward_cast(h, None, da, weights, slot_of_row, True),
             swiglu_in + used(da, rows) + backward_out + used(partials, rows, 1),
+        ),
+        Case(
+            "swiglu_backward_cast of h in FP8",
+            lambda: swiglu.swiglu_backward_cast(*h8, da, weights, slot_of_row, True),
+            activation_bytes(2 * intermediate)
+            + row_map
+            + nbytes(weights)
+            + used(da, rows)
+            + backward_out
+            + used(partials, rows, 1),
         ),
     ]
 

@@ -17,6 +17,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "permute_fp8_to_channel": ("permute_to_channel",),
     "m_grouped_gemm_nt": ("gemm",),
     "k_grouped_gemm": ("gemm",),
+    "swiglu_cast_both": ("swiglu_cast",),
     **{
         name: (name,)
         for name in (

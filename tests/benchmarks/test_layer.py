@@ -101,7 +101,7 @@ def test_saved_bytes_of_the_layer_are_its_activations():
             lambda layer=layer: layer(inputs.x, inputs.ids, inputs.probs, inputs.w13, inputs.w2)
         )
         maps = 4 * (192 + rows + 4)
-        x8 = 96 * 256 * (1 + 4 / 128)
+        x8 = 96 * 256 * (1 + 4 / 128) if name == "fp8moe bf16" else 0
         assert found == h + maps + x8, name
 
 
