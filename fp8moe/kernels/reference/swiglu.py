@@ -89,7 +89,7 @@ def swiglu_cast_both(
     h: torch.Tensor, topk_weights: torch.Tensor, slot_of_row: torch.Tensor, pow2: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """swiglu_cast(h), and cast_per_token(h) with zeros in padding."""
-    out = empty_per_token(*h.shape, h.device)
+    out = empty_per_token(h.shape[0], h.shape[1], h.device)
     for at in row_chunks(used_rows(slot_of_row), h.shape[1]):
         rows = h[at].clone()
         _zero_padding(slot_of_row[at], rows)
