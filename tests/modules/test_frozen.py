@@ -365,6 +365,18 @@ def test_replaced_lists_freeze_under_their_old_projection_names(capsys):
 # -------------------------------------------------------------------------------- other machinery
 
 
+@pytest.mark.parametrize("keep_transpose", [False, True])
+def test_compiles_without_graph_breaks(keep_transpose):
+    experts = with_lora(keep_transpose=keep_transpose)
+    x, ids, p = routed()
+    leaves = [x.requires_grad_(), *experts.parameters()]
+    results = []
+    for module in (experts, torch.compile(experts, fullgraph=True, backend="aot_eager")):
+        y = module(x, ids, p)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.dist
 def test_data_parallel_synchronises_the_weights(tmp_path):
     """One process is enough: at the start gloo is handed every buffer, and it refuses FP8."""
