@@ -32,14 +32,14 @@ from fp8moe.functional.arguments import FLOATS, IDS, check_config, check_some
 from fp8moe.functional.autocast import autocast_off, result_dtype
 from fp8moe.functional.linear import GroupedLinear
 from fp8moe.functional.observe import report
-from fp8moe.functional.saved import compress, expand, restore
+from fp8moe.functional.saved import expand, restore
 from fp8moe.functional.unfused import GatherSum, NoRows, Permutation, PermuteRows
 from fp8moe.kernels.arguments import check_multiple, check_tensor
 from fp8moe.kernels.cast import cast_per_token, transpose_per_block
 from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, FP8Tensor
 from fp8moe.kernels.gemm import m_grouped_gemm_nt
 from fp8moe.kernels.permute import gather_slots
-from fp8moe.kernels.swiglu import swiglu_backward_cast, swiglu_cast
+from fp8moe.kernels.swiglu import swiglu_backward_cast, swiglu_cast, swiglu_cast_both
 
 Tensor = torch.Tensor
 
@@ -124,10 +124,14 @@ class RoundedSwiglu(torch.autograd.Function):
         config: FP8Config,
     ) -> Tensor:
         ctx.config = config
-        saved = compress(h, row_of_slot, config) if config.save == "fp8" else (h, None)
+        saved: Any = (h, None)
+        if config.save == "fp8":
+            data, scale, *saved = swiglu_cast_both(h, topk_weights, slot_of_row, config.pow2_scales)
+            report("h", FP8Tensor(*saved), row_of_slot)
+        else:
+            data, scale = swiglu_cast(h, topk_weights, slot_of_row, config.pow2_scales)
         ctx.save_for_backward(*saved, topk_weights, row_of_slot, slot_of_row)
-        a8 = FP8Tensor(*swiglu_cast(h, topk_weights, slot_of_row, config.pow2_scales))
-        return expand(a8, config)
+        return expand(FP8Tensor(data, scale), config)
 
     @staticmethod
     @once_differentiable
@@ -135,10 +139,10 @@ class RoundedSwiglu(torch.autograd.Function):
         h, h_scale, topk_weights, row_of_slot, slot_of_row = ctx.saved_tensors
         config: FP8Config = ctx.config
         if h_scale is not None:
-            h = expand(restore(h, h_scale), config)
+            h, h_scale = restore(h, h_scale)
         need_h, need_p = ctx.needs_input_grad[:2]
         data, scale, *_, dprob = swiglu_backward_cast(
-            h, da.contiguous(), topk_weights, slot_of_row, config.pow2_scales
+            h, h_scale, da.contiguous(), topk_weights, slot_of_row, config.pow2_scales
         )
         dh = expand(FP8Tensor(data, scale), config) if need_h else None
         dp = gather_slots(dprob, row_of_slot) if need_p else None
