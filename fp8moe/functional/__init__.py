@@ -24,9 +24,12 @@ y is not needed in backward, dy is the same for all K rows of a token, and with 
 A 1x128 scale belongs to one token, so x and dy are cast once per token, and the permutation to
 experts copies bytes. Everything between two GEMMs is one pass over memory:
 
-    forward   route, cast x, permute -> h -> SwiGLU * p + cast -> y rows -> sum
+    forward   route, cast x, permute -> h -> SwiGLU * p + casts -> y rows -> sum
     backward  cast dy, permute (rows and columns) -> da' -> SwiGLU' + all casts
               -> dw2 -> dx rows -> sum; permute x to columns -> dw13
+
+Backward needs h and x. h is kept as `FP8Config.save` says. x is the caller's own tensor, alive
+anyway, and is cast a second time; save="bf16", the setting for speed, keeps the FP8 copy.
 
 With a GEMM in BF16, or H or I not a multiple of 128, the layer is composed of the functions in
 unfused.py and of `grouped_linear`: the same mathematics, more passes.
@@ -38,6 +41,7 @@ accumulation; Megatron-LM for folding p into the activation and for `main_grad`.
 """
 
 from fp8moe.functional.experts import swiglu_experts
+from fp8moe.functional.frozen import LowRank, frozen_swiglu_experts
 from fp8moe.functional.linear import grouped_linear
 from fp8moe.functional.observe import observe_fp8
 from fp8moe.functional.weight_cache import (
@@ -47,8 +51,10 @@ from fp8moe.functional.weight_cache import (
 )
 
 __all__ = [
+    "LowRank",
     "WeightCacheInfo",
     "clear_weight_cache",
+    "frozen_swiglu_experts",
     "grouped_linear",
     "observe_fp8",
     "swiglu_experts",

@@ -17,7 +17,7 @@ from fp8moe.functional.autocast import autocast_off, result_dtype
 from fp8moe.functional.linear import GroupedLinear
 from fp8moe.functional.main_grad import fp8_wgrad, owner
 from fp8moe.functional.observe import report
-from fp8moe.functional.saved import compress, expand, restore
+from fp8moe.functional.saved import restore
 from fp8moe.functional.unfused import (
     GatherSum,
     NoRows,
@@ -36,7 +36,7 @@ from fp8moe.kernels.permute import (
     permute_fp8_both,
     permute_fp8_to_channel,
 )
-from fp8moe.kernels.swiglu import swiglu_backward_cast, swiglu_cast
+from fp8moe.kernels.swiglu import swiglu_backward_cast, swiglu_cast, swiglu_cast_both
 
 Tensor = torch.Tensor
 
@@ -73,7 +73,14 @@ class SwigluExperts(torch.autograd.Function):
         xp8 = FP8Tensor(*permute_fp8(*x8, p.row_of_slot, p.slot_of_row))
         h = m_grouped_gemm_nt(xp8, w13_8, p.group_ends)
         del xp8
-        a8 = FP8Tensor(*swiglu_cast(h, topk_weights, p.slot_of_row, pow2))
+        none = (None, None)
+        saved_h: Any = (h, None) if config.save == "bf16" else none
+        if config.save == "fp8" and (need_da or need_w2):
+            a_data, a_scale, *saved_h = swiglu_cast_both(h, topk_weights, p.slot_of_row, pow2)
+            a8 = FP8Tensor(a_data, a_scale)
+        else:
+            a8 = FP8Tensor(*swiglu_cast(h, topk_weights, p.slot_of_row, pow2))
+        del h
         y = gather_sum(m_grouped_gemm_nt(a8, w2_8, p.group_ends), p.row_of_slot)
         report("x", x8)
         report("w13", w13_8)
@@ -81,14 +88,15 @@ class SwigluExperts(torch.autograd.Function):
         report("w2", w2_8)
 
         if need_da or need_w2:
-            none = (None, None)
-            recompute = config.save == "recompute"
-            saved_h: Any = (h, None)
             if config.save == "fp8":
-                saved_h = compress(h, p.row_of_slot, config)
+                report("h", FP8Tensor(*saved_h), p.row_of_slot)
+            recompute = config.save == "recompute"
+            # x belongs to the caller: keeping it takes no memory, and its cast is repeated bit for
+            # bit. save="bf16" trades memory for time throughout, so it keeps the cast instead.
+            saved_x: Any = x8 if config.save == "bf16" else (x, None)
             ctx.save_for_backward(
-                *(x8 if need_w13 or recompute else none),
-                *(none if recompute else saved_h),
+                *(saved_x if need_w13 or recompute else none),
+                *saved_h,
                 topk_weights,
                 *p[:3],
                 *(hold(w13, w13_t) if need_x else none),
@@ -115,16 +123,20 @@ def _swiglu_experts_backward(ctx: Any, dy: Tensor) -> Any:
     config: FP8Config = ctx.config
     need_x, _, need_p, need_w13, need_w2 = ctx.needs_input_grad[:5]
     pow2, pow2_w, topk = config.pow2_scales, config.pow2_weight_scales, row_of_slot.shape[1]
-    if x_data is not None:
-        x8 = restore(x_data, x_scale)
+
+    def cast_x() -> FP8Tensor:
+        if x_scale is not None:
+            return restore(x_data, x_scale)
+        return FP8Tensor(*cast_per_token(x_data, pow2))
 
     if config.save == "recompute":
         w13_8 = held(*held_w[4:], pow2=pow2_w, transposed=False)
+        x8 = cast_x()
         xp8 = FP8Tensor(*permute_fp8(*x8, row_of_slot, slot_of_row))
         h = m_grouped_gemm_nt(xp8, w13_8, ends)
         del xp8
     elif h_scale is not None:
-        h = expand(restore(h, h_scale), config)
+        h, h_scale = restore(h, h_scale)
 
     # dy once per token, then its rows for dgrad and its columns for wgrad, each only if asked for.
     dy8 = FP8Tensor(*cast_per_token(dy, pow2))
@@ -145,9 +157,9 @@ def _swiglu_experts_backward(ctx: Any, dy: Tensor) -> Any:
         # Only dw2 is asked for: the pass below makes (p a)^T, which does not depend on da.
         da = torch.zeros((h.shape[0], h.shape[1] // 2), dtype=torch.bfloat16, device=h.device)
     *dh8, dh_data_t, dh_scale_t, a_data_t, a_scale_t, dprob = swiglu_backward_cast(
-        h, da, weights, slot_of_row, pow2
+        h, h_scale, da, weights, slot_of_row, pow2
     )
-    del h, da
+    del h, h_scale, da
     dh = FP8Tensor(*dh8)
     if need_da:
         report("dh", dh, row_of_slot)
@@ -160,6 +172,8 @@ def _swiglu_experts_backward(ctx: Any, dy: Tensor) -> Any:
         w13_t = held(*held_w[:2], pow2=pow2_w, transposed=True)
         dx = gather_sum(m_grouped_gemm_nt(dh, w13_t, ends), row_of_slot).to(ctx.x_dtype)
     if need_w13:
+        if config.save != "recompute":
+            x8 = cast_x()
         x_t = FP8Tensor(*permute_fp8_to_channel(*x8, slot_of_row, topk, pow2))
         dh_t = FP8Tensor(dh_data_t, dh_scale_t)
         dw13 = fp8_wgrad(dh_t, x_t, ends, ctx.w13, ctx.w13_dtype)

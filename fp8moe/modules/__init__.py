@@ -1,19 +1,36 @@
 """nn.Modules: Router, Experts, MoE, and the permutation between tokens and experts."""
 
+from fp8moe.modules.convert import ReplacementReport, replace_experts
 from fp8moe.modules.experts import Experts
+from fp8moe.modules.freeze import (
+    FreezeReport,
+    freeze_experts,
+    merge_adapters,
+    train_only_adapters,
+)
+from fp8moe.modules.frozen import FrozenExperts
+from fp8moe.modules.lora import LowRankUpdate
 from fp8moe.modules.moe import MoE, MoEOutput, SharedExperts
 from fp8moe.modules.permute import Permutation, permutation, permute, unpermute
 from fp8moe.modules.router import Router, RouterOutput
 
 __all__ = [
     "Experts",
+    "FreezeReport",
+    "FrozenExperts",
+    "LowRankUpdate",
     "MoE",
     "MoEOutput",
     "Permutation",
+    "ReplacementReport",
     "Router",
     "RouterOutput",
     "SharedExperts",
+    "freeze_experts",
+    "merge_adapters",
     "permutation",
     "permute",
+    "replace_experts",
+    "train_only_adapters",
     "unpermute",
 ]
