@@ -9,6 +9,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 VOCAB = 64

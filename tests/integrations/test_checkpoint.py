@@ -201,7 +201,6 @@ def test_transformers_loads_it_as_fp8(tmp_path, name, linears, monkeypatch):
 
 @pytest.mark.gpu
 def test_import_straight_to_the_gpu(tmp_path):
-    pytest.importorskip("accelerate")
     model = build()
     export_fp8_checkpoint(model.cuda(), tmp_path / "out")
     export_fp8_checkpoint(model.cpu(), tmp_path / "from the CPU")
