@@ -18,6 +18,7 @@ from fp8moe.integrations.adapters import load_adapters, save_adapters
 from fp8moe.integrations.checkpoint import export_fp8_checkpoint, model_from_fp8_checkpoint
 
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 VOCAB = 64
@@ -110,7 +111,6 @@ def test_gradient_checkpointing_changes_no_gradient():
 def test_trainer_with_peft_on_attention(tmp_path):
     """PEFT first, which freezes all but its own; then the experts, whose updates train."""
     peft = pytest.importorskip("peft")
-    pytest.importorskip("accelerate")
     model = peft.get_peft_model(
         build(torch.float32),
         peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
