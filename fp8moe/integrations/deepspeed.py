@@ -15,7 +15,10 @@ computed: with unlimited capacity most of the buffer is that. Routing, capacity 
 between ranks stay DeepSpeed's.
 
 AutoEP keeps three parameters of its own, w1 (gate), w3 (up) and w2 (down), which ZeRO has arranged
-by the time they can be seen. They stay as they are; gate and up are concatenated in each forward.
+by the time they can be seen. They stay as they are; gate and up are concatenated in each forward,
+so their FP8 copy is made once per micro-batch and not once per step, and lives until backward. With
+`cache_weights=False`, which ZeRO stage 3 needs, it is the concatenation that lives until backward:
+activation checkpointing shortens that to one layer at a time.
 
 Gradients arrive in `.grad` in the dtype of the parameter, rounded once from the FP32 accumulators
 of the GEMM; DeepSpeed adds them up in `data_types.grad_accum_dtype`, its own optimizers keep the
@@ -70,7 +73,8 @@ class DeepSpeedExperts(nn.Module):
 
     Stands where DeepSpeed's `Experts` stood. Its state dict has DeepSpeed's keys, one set for each
     expert (`deepspeed_experts.3.up_proj.weight`), so weights go from and to a model that was not
-    replaced. Optimizer states do not: see `check_deepspeed_checkpoint`.
+    replaced. Optimizer states do not: see
+    deepspeed_checkpoint.py.
 
     Args:
         experts: DeepSpeed's `Experts`, whose weights are copied.
@@ -83,12 +87,12 @@ class DeepSpeedExperts(nn.Module):
     Shapes: forward takes (G, E, C, H) and returns the same shape.
     """
 
-    def __init__(self, experts: nn.Module, layout: tuple[str, ...], config: FP8Config) -> None:
+    def __init__(self, experts: Any, layout: tuple[str, ...], config: FP8Config) -> None:
         super().__init__()
         self.layout, self.config = layout, config
         modules = experts.deepspeed_experts
         self.num_local_experts = len(modules)
-        first = modules[0].get_parameter(f"{layout[0]}.weight")
+        first: Any = modules[0].get_parameter(f"{layout[0]}.weight")
         stacks: list[list[torch.Tensor]] = [[], []]
         for module in modules:
             *gate_up, down = (module.get_parameter(f"{name}.weight").detach() for name in layout)
@@ -97,6 +101,7 @@ class DeepSpeedExperts(nn.Module):
         self.w13, self.w2 = (
             nn.Parameter(torch.stack(s), requires_grad=first.requires_grad) for s in stacks
         )
+        w: Any
         for w in (self.w13, self.w2):
             w.allreduce = False
             w.group_name = first.group_name
@@ -178,21 +183,7 @@ def _autoep_forward(
     rows = torch.arange(len(x), device=x.device)
     ids = torch.searchsorted(ends, rows, right=True)  # E past the last group: dropped
     w13 = torch.cat([w1, w3], dim=1)
-    if experts.fp8moe_config.cache_weights or not torch.is_grad_enabled():
-        return _grouped(x, ids, w13, w2, experts.fp8moe_config)
-
-    # Without cached copies the layer saves its weights themselves. The concatenation is made again
-    # in backward instead, where ZeRO stage 3 has gathered w1 and w3 again.
-    address, shape = w13.data_ptr(), w13.shape
-
-    def pack(saved: torch.Tensor) -> torch.Tensor | None:
-        return None if saved.data_ptr() == address and saved.shape == shape else saved
-
-    def unpack(saved: torch.Tensor | None) -> torch.Tensor:
-        return torch.cat([w1.detach(), w3.detach()], dim=1) if saved is None else saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return _grouped(x, ids, w13, w2, experts.fp8moe_config)
+    return _grouped(x, ids, w13, w2, experts.fp8moe_config)
 
 
 def replace_deepspeed_experts(
@@ -218,6 +209,7 @@ def replace_deepspeed_experts(
     MoE, AutoEPMoELayer = _layer_types()
     config = FP8Config() if config is None else config
     check_config(config)
+    module: Any
     native: list[tuple[str, Any, tuple[str, ...]]] = []
     autoep: list[tuple[str, Any]] = []
     for name, module in model.named_modules():
@@ -245,7 +237,7 @@ def replace_deepspeed_experts(
     return done
 
 
-def _layer_types() -> tuple[type, type]:
+def _layer_types() -> tuple[Any, Any]:
     try:
         from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
         from deepspeed.moe.layer import MoE
