@@ -45,7 +45,8 @@ class Block(nn.Module):
             capacity_factor=options.capacity_factor or 1.0,
             eval_capacity_factor=options.capacity_factor or 1.0,
             drop_tokens=options.capacity_factor > 0,
-            top2_2nd_expert_sampling=False,
+            top2_2nd_expert_sampling=False,  # no random numbers: a resumed run repeats exactly
+            use_rts=False,
         )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,10 +42,10 @@ class Options:
     seq_len: int = 128
     capacity_factor: float = 1.25
     balance_loss: float = 0.01
-    steps: int = 30
+    steps: int = 20
     eval_batches: int = 4
     log_every: int = 5
-    checkpoint_every: int = 15
+    checkpoint_every: int = 10
     seed: int = 0
     data: str | None = None
     pattern: str | None = None
@@ -183,8 +183,11 @@ def _deepspeed_config(path: Path, options: Options, stage: int | None) -> dict[s
             f"{path}: zero_optimization.stage: expected 0, 1 or 2, which DeepSpeed's MoE layers "
             f"work with, got {zero['stage']}"
         )
-    if zero.get("stage", 0) == 0:
-        config.pop("data_types", None)  # without ZeRO, DeepSpeed accumulates in BF16 only
+    if zero.get("stage", 0) == 0 and config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
+        raise UserError(
+            f"{path}: data_types.grad_accum_dtype: expected bf16 with ZeRO stage 0, where "
+            "DeepSpeed has no other, got fp32"
+        )
     return config
 
 

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             run.create(corpus.summary())
         run.train(engine, Loader(corpus, config))
-    except (UserError, ValueError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
@@ -98,7 +98,10 @@ def _engine(deepspeed: Any, request: Request, config: Config, rank: int) -> Any:
         replaced = replace_deepspeed_experts(model, config=precision)
         if rank == 0:
             for layer in replaced:
-                print(f"replaced the experts of {layer.name}: {layer}")
+                print(
+                    f"{layer.name}: {layer.num_local_experts} experts of this process in "
+                    f"{request.options.experts}, H {layer.hidden_size}, I {layer.intermediate_size}"
+                )
     group = {"params": list(model.parameters()), "name": "all"}
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -125,7 +128,10 @@ class Run:
         torch.distributed.barrier()
 
     def restore(self, engine: Any) -> None:
-        check_deepspeed_checkpoint(engine, self.checkpoints)
+        try:
+            check_deepspeed_checkpoint(engine, self.checkpoints)
+        except ValueError as error:
+            raise UserError(f"--resume: {error}") from error
         _, client = engine.load_checkpoint(str(self.checkpoints))
         self.first_loss = client["first_loss"]
         self._print(f"resumed at step {engine.global_steps}")
