@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -26,19 +27,23 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What the two processes found, in the order of their ranks."""
-    folder = tmp_path_factory.mktemp("deepspeed")
-    env = os.environ | {
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {
         "DS_ACCELERATOR": "cpu",
         "FP8MOE_BACKEND": "reference",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
-        "WORLD_SIZE": "2",
+        **more,
     }
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the two processes found, in the order of their ranks."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    env = environment(WORLD_SIZE="2")
     worker = Path(__file__).with_name("deepspeed_worker.py")
     logs = [folder / f"log{rank}" for rank in range(2)]
     processes = [
@@ -125,3 +130,23 @@ def test_autoep_gradients_are_those_of_its_own_experts(
         assert got["fp8_db"] > 20
         assert got["swapped_db"] < 10
         assert stage != 3 or "cache_weights=False" in got["refused"]
+
+
+def test_the_documentation_runs_as_written(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "deepspeed.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    assert code.count("replace_deepspeed_experts(") == 2 and "/tmp/fp8moe-deepspeed" in code
+    script = tmp_path / "documented.py"
+    # The compiler that DeepSpeed's optional all-reduce for CPUs needs takes half a minute.
+    quick = "import deepspeed\ndeepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False\n"
+    script.write_text(quick + code.replace("/tmp/fp8moe-deepspeed", str(tmp_path / "saved")))
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment(CUDA_VISIBLE_DEVICES=""),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "kind='MoE', num_local_experts=8" in done.stdout
+    assert "kind='AutoEP', num_local_experts=8" in done.stdout
