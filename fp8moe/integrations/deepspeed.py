@@ -309,7 +309,8 @@ def _check_is_swiglu(name: str, expert: nn.Module, layout: tuple[str, ...]) -> N
         weights[key] = w.to(p.device)
     *gate_up, down = (weights[f"{x}.weight"] for x in layout)
     x = torch.randn((1, 1, 8, down.shape[0]), generator=generator).to(down.device)
-    with torch.no_grad(), torch.random.fork_rng():
+    devices = [down.device] if down.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
         got = torch.func.functional_call(expert, weights, (x,))
         got = got[0] if isinstance(got, tuple) else got
         gate, up = F.linear(x, torch.cat(gate_up)).chunk(2, dim=-1)

@@ -166,10 +166,10 @@ def checkpoints(folder: Path, stage: int) -> dict[str, Any]:
     return result
 
 
-def autoep(stage: int) -> dict[str, Any]:
-    """SQNR of a Qwen3-MoE's reduced gradients under AutoEP, ours against DeepSpeed's experts."""
+def qwen_engine(stage: int, **config: Any) -> Any:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+    torch.manual_seed(0)
     settings = Qwen3MoeConfig(
         vocab_size=256,
         hidden_size=128,
@@ -183,6 +183,23 @@ def autoep(stage: int) -> dict[str, Any]:
         initializer_range=0.1,
     )
     parallel = {"enabled": True, "autoep_size": 2, "use_grouped_mm": False}
+    return initialize(Qwen3MoeForCausalLM(settings), stage, expert_parallel=parallel, **config)
+
+
+def qwen_train(engine: Any, steps: int) -> list[float]:
+    torch.manual_seed(50 + torch.distributed.get_rank() + engine.global_steps)
+    losses = []
+    for _ in range(steps):
+        ids = torch.randint(256, (2, 48))
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def autoep(stage: int) -> dict[str, Any]:
+    """SQNR of a Qwen3-MoE's reduced gradients under AutoEP, ours against DeepSpeed's experts."""
     result: dict[str, Any] = {}
 
     def gathered(engine: Any) -> dict[str, torch.Tensor]:
@@ -191,8 +208,7 @@ def autoep(stage: int) -> dict[str, Any]:
             return {n: p.detach().clone() for n, p in engine.module.named_parameters()}
 
     def run(config: FP8Config | None, spoil: bool = False) -> dict[str, torch.Tensor]:
-        torch.manual_seed(0)
-        engine = initialize(Qwen3MoeForCausalLM(settings), stage, expert_parallel=parallel)
+        engine = qwen_engine(stage)
         if config is not None:
             parameters = [id(p) for p in engine.module.parameters()]
             (replaced,) = replace_deepspeed_experts(engine, config=config)
@@ -207,11 +223,7 @@ def autoep(stage: int) -> dict[str, Any]:
         if spoil:
             experts = engine.module.model.layers[0].mlp.experts
             experts.w1, experts.w3 = experts.w3, experts.w1
-        torch.manual_seed(50 + torch.distributed.get_rank())
-        ids = torch.randint(256, (2, 48))
-        loss = engine(input_ids=ids, labels=ids).loss
-        engine.backward(loss)
-        engine.step()
+        qwen_train(engine, 1)
         if spoil:
             experts.w1, experts.w3 = experts.w3, experts.w1
         after = gathered(engine)
@@ -224,6 +236,26 @@ def autoep(stage: int) -> dict[str, Any]:
     swapped = run(FP8Config.bf16(cache_weights=stage < 3), spoil=True)
     result["swapped_db"] = worst_sqnr(swapped, expected)
     return result
+
+
+def autoep_checkpoint(folder: Path, stage: int) -> list[list[float]]:
+    """Losses after a checkpoint: going on, resumed, and resumed with DeepSpeed's own experts."""
+    config = FP8Config(cache_weights=stage < 3)
+    path = str(folder / f"autoep{stage}")
+    settings = BF16 | {"gradient_accumulation_steps": 1}
+    losses = []
+    for experts in ("going on", "resumed", "plain"):
+        engine = qwen_engine(stage, **settings)
+        if experts != "plain":
+            replace_deepspeed_experts(engine, config=config)
+        if experts == "going on":
+            qwen_train(engine, 2)
+            engine.save_checkpoint(path, tag="step2")
+        else:
+            check_deepspeed_checkpoint(engine, path)
+            engine.load_checkpoint(path)
+        losses.append(qwen_train(engine, 2))
+    return losses
 
 
 def main(folder: Path) -> None:
@@ -239,6 +271,7 @@ def main(folder: Path) -> None:
         results[f"checkpoints-{stage}"] = checkpoints(folder, stage)
     for stage in (0, 1, 2, 3):
         results[f"autoep-{stage}"] = autoep(stage)
+        results[f"autoep-checkpoint-{stage}"] = autoep_checkpoint(folder, stage)
     rank = torch.distributed.get_rank()
     (folder / f"rank{rank}.json").write_text(json.dumps(results))
     torch.distributed.barrier()

@@ -132,6 +132,15 @@ def test_autoep_gradients_are_those_of_its_own_experts(
         assert stage != 3 or "cache_weights=False" in got["refused"]
 
 
+@pytest.mark.parametrize("stage", [*STAGES, 3])
+def test_autoep_checkpoints_are_deepspeeds(ranks: list[dict[str, Any]], stage: int) -> None:
+    for results in ranks:
+        going_on, resumed, plain = results[f"autoep-checkpoint-{stage}"]
+        assert resumed == going_on
+        assert plain == pytest.approx(going_on, rel=3e-3)
+        assert plain != going_on and going_on[0] != going_on[1]
+
+
 def test_the_documentation_runs_as_written(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "deepspeed.md").read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
