@@ -76,8 +76,8 @@ def test_the_dtype_of_the_hidden_states_comes_back_also_under_autocast(device, d
 def test_autocast(device):
     model = build().to(device)
     ids = tokens(device)
-    eager = run(model, "eager", ids)
     with torch.autocast(device.type, torch.bfloat16):
+        eager = run(model, "eager", ids)
         result = run(model, "fp8moe", ids)
     assert result[1]["model.layers.0.mlp.experts.down_proj"].dtype == torch.float32
     assert not failures(result, eager, gates=(20.0, 20.0, 15.0))
