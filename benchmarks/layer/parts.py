@@ -11,6 +11,7 @@ import torch
 from benchmarks import harness
 from benchmarks.layer import traffic
 from benchmarks.layer.contenders import BASELINE, CONTENDERS, FP8MOE, Layer, forward, step
+from benchmarks.layer.host import host_us
 from benchmarks.layer.memory import peak_bytes, saved_bytes
 from benchmarks.layer.workload import ROUTINGS, Shape, make_inputs
 from fp8moe import quant
@@ -161,3 +162,21 @@ def small_part(
 ) -> Rows:
     """512 tokens, where launches count."""
     return time_part(shape._replace(tokens=min(shape.tokens, 512)), layers, effort, device)
+
+
+def host_part(shape: Shape, layers: dict[str, Layer], effort: Effort, device: torch.device) -> Rows:
+    """Time of the host alone; the size of the layer hardly matters to it."""
+    inputs = make_inputs(shape._replace(tokens=min(shape.tokens, 512)), device)
+    rows: Rows = []
+    for name, layer in layers.items():
+        run, first = step(layer, inputs), forward(layer, inputs)
+        row: dict[str, Any] = {
+            "layer": name,
+            "fwd host us": host_us(first, 2 * effort.rounds),
+            "fwd+bwd host us": host_us(run, 2 * effort.rounds),
+        }
+        if device.type == "cuda":
+            launches = len(traffic.kernel_times(run, 2)[0])
+            row |= {"kernels": launches, "us a kernel": row["fwd+bwd host us"] / launches}
+        rows.append(row)
+    return rows

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.layer import __main__ as command
-from benchmarks.layer import peers, plot, traffic
+from benchmarks.layer import host, peers, plot, traffic
 from benchmarks.layer.contenders import BASELINE, CONTENDERS, FP8MOE, step, torch_bf16
 from benchmarks.layer.memory import peak_bytes, saved_bytes
 from benchmarks.layer.workload import ROUTINGS, Shape, make_inputs, parse_shape, route
@@ -149,6 +149,11 @@ def test_an_unknown_operator_is_not_passed_over():
     ends = torch.tensor([4], dtype=torch.int32)
     with pytest.raises(RuntimeError, match="KERNELS: expected .* cast_per_channel"):
         traffic.calls_of(lambda: cast.cast_per_channel(x, ends, True), ends, 5)
+
+
+def test_profile_names_the_functions_of_the_backward_pass_too():
+    text = host.profile(step(FP8MOE["fp8moe fp8"], make_inputs(SHAPE, CPU)), 2, 400)
+    assert "_swiglu_experts_backward" in text and "(swiglu_experts)" in text
 
 
 def test_command_prints_and_appends_every_part(tmp_path, capsys):
