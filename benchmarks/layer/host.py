@@ -13,7 +13,7 @@ import torch
 
 
 def host_us(run: Callable[[], object], repeats: int) -> float:
-    """Median time in us from calling `run` on an idle GPU to its return, its kernels still running."""
+    """Median time in us from calling `run` on an idle GPU to its return; kernels may still run."""
     on_gpu = torch.cuda.is_available()
     times = []
     for _ in range(repeats + 3):
