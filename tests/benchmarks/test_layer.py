@@ -172,6 +172,28 @@ def test_command_prints_and_appends_every_part(tmp_path, capsys):
     assert all(line["gpu"] for line in lines)
 
 
+def test_a_part_that_fails_does_not_take_the_others_along(monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(command.parts, "kernels_part", broken)
+    with pytest.raises(SystemExit, match="failed: kernels of 96,2,4,256,128"):
+        command.main(
+            ["--device", "cpu", "--shape", "96,2,4,256,128", "--quick"]
+            + ["--parts", "kernels", "weights"]
+        )
+    captured = capsys.readouterr()
+    assert "planted" in captured.err and "cast w13 and w2" in captured.out
+
+
+def test_fresh_leaves_share_values_but_not_their_graph():
+    inputs = make_inputs(SHAPE, CPU)
+    fresh = inputs.with_fresh_leaves()
+    for old, new in zip(inputs.leaves, fresh.leaves, strict=True):
+        assert new is not old and new.is_leaf and new.requires_grad
+        assert new.data_ptr() == old.data_ptr()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["--shape", "nothing"], ["--device", "cpu", "--plot", "a.png"], ["--parts", "nothing"]],
@@ -221,7 +243,7 @@ def test_parts_on_the_gpu(tmp_path):
     assert {"% of copy", "TFLOP/s"} <= {key for r in kernels for key in r}
     for row in rows:
         if row["part"] == "time":
-            assert row["peak GiB"] > 0 and row["graph ms"] > 0
+            assert row["peak GiB"] > 0 and row["graph ms"] > 0, row
 
 
 @pytest.mark.gpu
