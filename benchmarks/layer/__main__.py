@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,12 @@ import torch
 
 import fp8moe
 from benchmarks import harness
-from benchmarks.layer import parts, peers, plot
-from benchmarks.layer.contenders import CONTENDERS, Layer
-from benchmarks.layer.workload import Shape, parse_shape
+from benchmarks.layer import host, parts, peers, plot
+from benchmarks.layer.contenders import CONTENDERS, Layer, step
+from benchmarks.layer.workload import Shape, make_inputs, parse_shape
 from benchmarks.memory import SHAPES
 
-PARTS = ("time", "kernels", "weights", "skew", "small")
+PARTS = ("time", "kernels", "weights", "skew", "small", "host")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -41,6 +42,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--device", choices=["cuda", "cpu"], default="cuda",
         help="cpu runs the emulation: bytes and memory mean something there, times do not",
     )  # fmt: skip
+    parser.add_argument(
+        "--profile-host", action="store_true", help="part 'host': print where the time goes"
+    )
     parser.add_argument("--json", metavar="FILE", help="append one JSON object per row")
     parser.add_argument("--plot", metavar="FILE", help="picture of the part 'kernels'")
     args = parser.parse_args(arguments)
@@ -67,22 +71,38 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         "weights": lambda s: parts.weights_part(s, effort, device),
         "skew": lambda s: parts.skew_part(s, layers, effort, device),
         "small": lambda s: parts.small_part(s, layers, effort, device),
+        "host": lambda s: parts.host_part(s, layers, effort, device),
     }
     everything: list[dict[str, Any]] = []
+    failed: list[str] = []
     for label, shape in args.shape.items():
         for part in args.parts:
-            rows = [{"part": part, "shape": label, **row} for row in run[part](shape)]
             print(f"{part}, {label}: {shape}")
-            columns = list(dict.fromkeys(c for row in rows for c in row))[2:]
-            print(harness.table(rows, columns), end="\n\n", flush=True)
-            harness.append_json(args.json, rows)
-            everything += rows
+            try:
+                rows = [{"part": part, "shape": label, **row} for row in run[part](shape)]
+                columns = list(dict.fromkeys(c for row in rows for c in row))[2:]
+                print(harness.table(rows, columns), end="\n\n", flush=True)
+                harness.append_json(args.json, rows)
+                everything += rows
+                if part == "host" and args.profile_host:
+                    print_host_profile(shape, layers, device)
+            except Exception:  # the other parts' figures must not be lost with this one's
+                traceback.print_exc()
+                failed.append(f"{part} of {label}")
             fp8moe.clear_weight_cache()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     if args.plot:
         plot.save(everything, args.plot)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
     return everything
+
+
+def print_host_profile(shape: Shape, layers: dict[str, Layer], device: torch.device) -> None:
+    inputs = make_inputs(shape._replace(tokens=min(shape.tokens, 512)), device)
+    for name, layer in layers.items():
+        print(f"{name}\n{host.profile(step(layer, inputs), 50)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import torch
 from benchmarks import harness
 from benchmarks.layer import traffic
 from benchmarks.layer.contenders import BASELINE, CONTENDERS, FP8MOE, Layer, forward, step
+from benchmarks.layer.host import host_us
 from benchmarks.layer.memory import peak_bytes, saved_bytes
-from benchmarks.layer.workload import ROUTINGS, Shape, make_inputs
+from benchmarks.layer.workload import ROUTINGS, Inputs, Shape, make_inputs
 from fp8moe import quant
 
 GIB = float(1 << 30)
@@ -31,17 +32,21 @@ class Effort:
 QUICK, FULL = Effort(5, 3, 5), Effort(20, 5, 20)
 
 
-def capture(run: Callable[[], object]) -> Callable[[], object]:
-    """`run` as a CUDA graph, which launches with no host work; weights are cast inside it."""
+def capture(layer: Layer, inputs: Inputs) -> Callable[[], object]:
+    """A step as a CUDA graph, which launches with no host work; weights are cast inside it.
+
+    On leaves of its own: autograd remembers the stream on which a leaf was first used.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):
+        run = step(layer, inputs.with_fresh_leaves())
+        for _ in range(3):
             run()
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         results = run()
+    torch.cuda.current_stream().wait_stream(stream)
 
     def replay() -> object:
         graph.replay()
@@ -64,7 +69,13 @@ def time_part(shape: Shape, layers: dict[str, Layer], effort: Effort, device: to
     peak = {name: peak_bytes(steps[name]) for name in layers} if on_gpu else {}
     whole = harness.time_back_to_back(steps, effort.rounds, effort.calls)
     first = harness.time_back_to_back(forwards, effort.rounds, effort.calls)
-    replays = {name: capture(steps[name]) for name in layers} if on_gpu else {}
+    replays: dict[str, Callable[[], object]] = {}
+    refused: dict[str, str] = {}
+    for name, layer in layers.items() if on_gpu else ():
+        try:
+            replays[name] = capture(layer, inputs)
+        except RuntimeError as error:  # what a layer does that a graph cannot hold
+            refused[name] = f"not capturable: {str(error).splitlines()[0]}"
     replayed = harness.time_back_to_back(replays, effort.rounds, effort.calls)
     rows: Rows = []
     for name in layers:
@@ -77,7 +88,8 @@ def time_part(shape: Shape, layers: dict[str, Layer], effort: Effort, device: to
             "saved GiB": saved[name] / GIB,
         }
         if on_gpu:
-            row |= {"graph ms": replayed[name] / 1e3, "peak GiB": peak[name] / GIB}
+            row["peak GiB"] = peak[name] / GIB
+            row["graph ms"] = replayed[name] / 1e3 if name in replayed else refused[name]
         rows.append(row)
     return rows
 
@@ -161,3 +173,21 @@ def small_part(
 ) -> Rows:
     """512 tokens, where launches count."""
     return time_part(shape._replace(tokens=min(shape.tokens, 512)), layers, effort, device)
+
+
+def host_part(shape: Shape, layers: dict[str, Layer], effort: Effort, device: torch.device) -> Rows:
+    """Time of the host alone; the size of the layer hardly matters to it."""
+    inputs = make_inputs(shape._replace(tokens=min(shape.tokens, 512)), device)
+    rows: Rows = []
+    for name, layer in layers.items():
+        run, first = step(layer, inputs), forward(layer, inputs)
+        row: dict[str, Any] = {
+            "layer": name,
+            "fwd host us": host_us(first, 2 * effort.rounds),
+            "fwd+bwd host us": host_us(run, 2 * effort.rounds),
+        }
+        if device.type == "cuda":
+            launches = len(traffic.kernel_times(run, 2)[0])
+            row |= {"kernels": launches, "us a kernel": row["fwd+bwd host us"] / launches}
+        rows.append(row)
+    return rows

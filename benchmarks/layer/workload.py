@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,6 +35,11 @@ class Inputs:
     @property
     def leaves(self) -> tuple[torch.Tensor, ...]:
         return self.x, self.probs, self.w13, self.w2
+
+    def with_fresh_leaves(self) -> Inputs:
+        """The same values as new leaves, without copies."""
+        names = ("x", "probs", "w13", "w2")
+        return replace(self, **{n: getattr(self, n).detach().requires_grad_() for n in names})
 
     @property
     def flops(self) -> float:

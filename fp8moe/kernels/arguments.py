@@ -18,13 +18,15 @@ def check_tensor(
 
     Raises: ValueError naming the argument, what was expected and what came.
     """
-    got = tuple(tensor.shape)
-    fits = len(got) == len(shape) and all(
-        s is None or s == g for s, g in zip(shape, got, strict=True)
-    )
+    got = tensor.shape
+    fits = len(got) == len(shape)
+    if fits:
+        for wanted, size in zip(shape, got, strict=True):
+            if wanted is not None and wanted != size:
+                fits = False
     if not fits:
         expected = ", ".join("*" if s is None else str(s) for s in shape)
-        raise ValueError(f"{name}: expected shape ({expected}), got {got}")
+        raise ValueError(f"{name}: expected shape ({expected}), got {tuple(got)}")
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(d) for d in dtypes)
         raise ValueError(f"{name}: expected {expected}, got {tensor.dtype}")
@@ -33,7 +35,7 @@ def check_tensor(
     if not tensor.is_contiguous():
         raise ValueError(
             f"{name}: expected a contiguous tensor, got strides {tuple(tensor.stride())} "
-            f"for shape {got}"
+            f"for shape {tuple(got)}"
         )
 
 

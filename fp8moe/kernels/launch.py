@@ -11,7 +11,7 @@ import ctypes
 import functools
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -200,6 +200,7 @@ class ArgumentFrame:
                 layout += f"{-struct.calcsize(layout) % _TENSOR_MAP_ALIGN}x"
             layout += code
             offsets.append(struct.calcsize(layout) - struct.calcsize("@" + code))
+        self.codes = list(codes)
         self.sizes = [struct.calcsize("@" + code) for code in codes]
         self._struct = struct.Struct(layout)
         self._memory = ctypes.create_string_buffer(self._struct.size + _TENSOR_MAP_ALIGN)
@@ -283,6 +284,34 @@ def _name_overflow(codes: Sequence[str], values: Sequence[Any], error: Exception
     return error
 
 
+_READ = {int: "a[{}]", float: "a[{}]", type(None): "0", TensorMap: "a[{}].data"}
+
+
+@functools.cache
+def reader(kinds: tuple[type, ...]) -> Callable[[Sequence[Any]], tuple[int, Sequence[Any]]]:
+    """(device index or -1, values) as `encode` gives them, for arguments of these types.
+
+    `encode` finds out the type of every argument at every launch, which takes microseconds. Types
+    repeat, so they are looked at once and turned into one expression. Arguments must have passed
+    `encode` once; a device index of -2 stands for tensors on two devices.
+    """
+    values, devices = [], []
+    for i, kind in enumerate(kinds):
+        if issubclass(kind, torch.Tensor):
+            values.append(f"a[{i}].data_ptr()")
+            devices.append(f"a[{i}].get_device()")
+        elif kind is ctypes.c_void_p:
+            values.append(f"a[{i}].value or 0")
+        elif issubclass(kind, ctypes._SimpleCData):
+            values.append(f"a[{i}].value")
+        else:
+            values.append(_READ.get(kind, "int(a[{}])").format(i))
+    device = "-1"
+    if devices:
+        device = f"{devices[0]} if {' == '.join([*devices, devices[0]])} else -2"
+    return eval(f"lambda a: ({device}, ({''.join(v + ', ' for v in values)}))")
+
+
 # ------------------------------------------------------------------------------------------- launch
 
 
@@ -322,23 +351,31 @@ class Kernel:
             _, size = _checked(result, "cuKernelGetParamInfo")
             sizes.append(size)
 
-    def _frame(self, codes: list[str]) -> ArgumentFrame:
-        frames: dict[str, ArgumentFrame]
+    def _pack(self, args: Sequence[Any]) -> tuple[ArgumentFrame, int]:
+        """The frame that now holds `args`, and the index of their device or -1."""
+        frames: dict[tuple[type, ...], ArgumentFrame]
         try:
             frames = self._local.frames
         except AttributeError:
             frames = self._local.frames = {}
-        key = "".join(codes)
-        frame = frames.get(key)
-        if frame is None:
+        kinds = tuple(map(type, args))
+        frame = frames.get(kinds)
+        if frame is not None:
+            device, values = reader(kinds)(args)
+        if frame is None or device == -2:
+            codes, values, device = encode(args)  # raises for tensors on two devices
             frame = ArgumentFrame(codes)
             if frame.sizes != self._parameter_bytes:
                 raise TypeError(
                     f"{self.entry}: expected arguments of {self._parameter_bytes} bytes, "
                     f"got {frame.sizes}"
                 )
-            frames[key] = frame
-        return frame
+            frames[kinds] = frame
+        try:
+            frame.fill(values)
+        except struct.error as error:
+            raise _name_overflow(frame.codes, values, error) from None
+        return frame, device
 
     def _config(self, grid: Dim, block: Dim, smem: int, stream: int) -> Any:
         cu = self._cu
@@ -373,17 +410,12 @@ class Kernel:
         """
         if grid == 0 or (not isinstance(grid, int) and 0 in grid):
             return
-        codes, values, device = encode(args)
+        frame, device = self._pack(args)
         if device < 0:
             device = torch.cuda.current_device()
         elif device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self(grid, block, args, smem=smem)
-        frame = self._frame(codes)
-        try:
-            frame.fill(values)
-        except struct.error as error:
-            raise _name_overflow(codes, values, error) from None
         if smem > _DEFAULT_SMEM_BYTES and smem > self._smem.get(device, 0):
             self._allow_smem(smem, device)
         stream = torch._C._cuda_getCurrentRawStream(device)

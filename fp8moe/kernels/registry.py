@@ -121,11 +121,33 @@ def define_op(
             device are raised before it is called.
         fake: returns empty tensors of the right shapes, strides and dtypes.
 
-    Returns: the operator, called with positional arguments.
+    Returns: a function of positional arguments; its attribute ``op`` is the operator itself. On a
+        GPU, where nothing looks at operators (no compiler, mode, profiler or autograd), it calls
+        ``cuda`` without torch's dispatcher, which takes as long as a launch.
     """
     name = schema.partition("(")[0].strip()
     _LIBRARY.define(schema, tags=_TAGS)
+    on_cuda = _on_cuda(name, cpu, cuda)
     _LIBRARY.impl(name, _on_cpu(name, cpu), "CPU")
-    _LIBRARY.impl(name, _on_cuda(name, cpu, cuda), "CUDA")
+    _LIBRARY.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"fp8moe::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.fp8moe, name).default
+    op = getattr(torch.ops.fp8moe, name).default
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or _observed(args[0]):
+            return op(*args)
+        return on_cuda(*args)
+
+    call.op = op  # type: ignore[attr-defined]
+    return call
+
+
+def _observed(first: Any) -> bool:
+    """Whether a call must go through torch's dispatcher; `first` is the first argument."""
+    return (
+        type(first) is not torch.Tensor
+        or not first.is_cuda
+        or torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd._profiler_enabled()
+    )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.layer import __main__ as command
-from benchmarks.layer import peers, plot, traffic
+from benchmarks.layer import host, peers, plot, traffic
 from benchmarks.layer.contenders import BASELINE, CONTENDERS, FP8MOE, step, torch_bf16
 from benchmarks.layer.memory import peak_bytes, saved_bytes
 from benchmarks.layer.workload import ROUTINGS, Shape, make_inputs, parse_shape, route
@@ -151,6 +151,11 @@ def test_an_unknown_operator_is_not_passed_over():
         traffic.calls_of(lambda: cast.cast_per_channel(x, ends, True), ends, 5)
 
 
+def test_profile_names_the_functions_of_the_backward_pass_too():
+    text = host.profile(step(FP8MOE["fp8moe fp8"], make_inputs(SHAPE, CPU)), 2, 400)
+    assert "_swiglu_experts_backward" in text and "(swiglu_experts)" in text
+
+
 def test_command_prints_and_appends_every_part(tmp_path, capsys):
     file = tmp_path / "results" / "layer.jsonl"
     rows = command.main(
@@ -165,6 +170,28 @@ def test_command_prints_and_appends_every_part(tmp_path, capsys):
     time = {line["layer"]: line for line in lines if line["part"] == "time"}
     assert set(time) == set(CONTENDERS) and time[BASELINE]["x baseline"] == 1.0
     assert all(line["gpu"] for line in lines)
+
+
+def test_a_part_that_fails_does_not_take_the_others_along(monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(command.parts, "kernels_part", broken)
+    with pytest.raises(SystemExit, match="failed: kernels of 96,2,4,256,128"):
+        command.main(
+            ["--device", "cpu", "--shape", "96,2,4,256,128", "--quick"]
+            + ["--parts", "kernels", "weights"]
+        )
+    captured = capsys.readouterr()
+    assert "planted" in captured.err and "cast w13 and w2" in captured.out
+
+
+def test_fresh_leaves_share_values_but_not_their_graph():
+    inputs = make_inputs(SHAPE, CPU)
+    fresh = inputs.with_fresh_leaves()
+    for old, new in zip(inputs.leaves, fresh.leaves, strict=True):
+        assert new is not old and new.is_leaf and new.requires_grad
+        assert new.data_ptr() == old.data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -216,7 +243,7 @@ def test_parts_on_the_gpu(tmp_path):
     assert {"% of copy", "TFLOP/s"} <= {key for r in kernels for key in r}
     for row in rows:
         if row["part"] == "time":
-            assert row["peak GiB"] > 0 and row["graph ms"] > 0
+            assert row["peak GiB"] > 0 and row["graph ms"] > 0, row
 
 
 @pytest.mark.gpu

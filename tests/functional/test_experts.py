@@ -186,19 +186,24 @@ def emulate(layer, save="bf16", pow2=True):
 
 @pytest.mark.parametrize("save", ["bf16", "fp8"])
 @pytest.mark.parametrize("shape", ["uniform", "dropped slots", "wider"])
-def test_follows_its_dataflow_closely(make_layer, shape, save):
-    """45 dB leaves room for BF16 roundings that FP32 sums tip over, and for nothing else."""
+def test_follows_its_dataflow_closely(make_layer, device, shape, save):
+    """The gate leaves room for roundings that sums of tensor cores tip over, and nothing else.
+
+    Those keep 14 bits of a sum: some of h's last bits in BF16 differ, and where h is cast again
+    some of those tip the cast, an error of 2**-4 instead of 2**-8.
+    """
+    gate = 45 if save == "bf16" or device.type == "cpu" else 38
     layer = make_layer(**SHAPES[shape])
     result, emulated = layer.run(FP8Config(save=save)), emulate(layer, save)
     db = [testing.sqnr_db(a, b) for a, b in zip(result, emulated, strict=True)]
-    assert min(db) > 45, dict(zip(result._fields, db, strict=True))
+    assert min(db) > gate, dict(zip(result._fields, db, strict=True))
     # Negative controls: FP32 scales alone, an error far below quantization, would be seen; and
     # backward from the other kind of h.
     other = layer.run(FP8Config(save=save, pow2_scales=False))
     assert max(testing.sqnr_db(a, b) for a, b in zip(other, emulated, strict=True)) < 35
     other = layer.run(FP8Config(save="fp8" if save == "bf16" else "bf16"))
     db = [testing.sqnr_db(a, b) for a, b in zip(other, emulated, strict=True)]
-    assert db[0] > 45 and max(db[1:]) < 35
+    assert db[0] > 45 and max(db[1:]) < 35, dict(zip(result._fields, db, strict=True))
 
 
 def test_recompute_and_no_cache_are_bit_equal_to_saving(make_layer):

@@ -108,15 +108,15 @@ def test_functional_op(ops: dict[str, Any]) -> None:
     x = torch.randn(3, 4)
     doubled, copied = ops["halves"](x, True)
     assert torch.equal(doubled, x * 2) and torch.equal(copied, x)
-    assert torch.ops.fp8moe.test_halves.default is ops["halves"]
-    torch.library.opcheck(ops["halves"], (x, False))
+    assert torch.ops.fp8moe.test_halves.default is ops["halves"].op
+    torch.library.opcheck(ops["halves"].op, (x, False))
 
 
 def test_mutating_op(ops: dict[str, Any]) -> None:
     x, out = torch.randn(5), torch.zeros(5)
     assert ops["fill"](x, out) is None
     assert torch.equal(out, x)
-    torch.library.opcheck(ops["fill"], (x, out))
+    torch.library.opcheck(ops["fill"].op, (x, out))
 
 
 def test_compiles_into_one_graph_and_sees_strides(ops: dict[str, Any]) -> None:

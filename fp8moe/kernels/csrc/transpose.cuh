@@ -5,6 +5,11 @@
 // The grid walks all rows of one column strip before the next: the strip of every token then stays in
 // L2 while the K rows of a token read it, so DRAM delivers each token once.
 //
+// Memory is not the only limit: at the copy bandwidth of an H200 a thread has eight instructions for
+// each element it reads. So a lane takes 16 rows x 4 columns (six instructions an element; four rows x
+// 16 columns take nine): 16 rows of a column are one 16-byte store, and a column's maximum needs three
+// shuffles.
+//
 // The value of an element is v = float(q) * scale_of_row, its cast e4m3(v * inv_of_column). When all
 // these factors are powers of two and the rows' exponents lie close together, both products are exact
 // in packed f16, relative to the largest row scale: half the instructions. Each warp decides for its
@@ -16,9 +21,10 @@ static constexpr bool kWithRows = WITH_ROWS;
 static constexpr int kThreads = 256;
 static constexpr int kWarps = kThreads / 32;
 static constexpr int kColumns = 256;
-static constexpr u32 kMaxShift = 15u << 23;   // 2^-9 (smallest E4M3) * 2^-15: smallest f16
-static constexpr u32 kMinLargest = 71u << 23;   // 2^-56, the smallest scale that casts make
-static constexpr u32 kMaxLargest = 253u << 23;  // 2^126: its reciprocal is still normal
+static constexpr int kRun = 16;                 // consecutive rows of a lane
+static constexpr u32 kMaxShift = 15u << 23;     // 2^-9 (smallest E4M3) * 2^-15: smallest f16
+static constexpr u32 kMinLargest = 86u << 23;   // 2^-41: column scales stay above the floor's 2^-56
+static constexpr u32 kMaxLargest = 245u << 23;  // 2^118: times 448 it is still finite
 
 __device__ __forceinline__ u32 multiply_f16x2(u32 a, u32 b) {
   u32 product;
@@ -55,145 +61,183 @@ __device__ __forceinline__ u32 f16_to_e4m3x4(u32 low, u32 high) {
   return word;
 }
 
-// One warp's share: 16 columns x 128 rows; a lane has rows 4 * lane .. 4 * lane + 3. It is cast in two
-// halves of eight columns: all sixteen at once would not leave room for four CTAs on an SM.
-struct Share {
-  u32 word[4][4];   // [row][four columns]
-  float scale[4];   // of the four rows; 0 in padding
+// Byte offset of 16-byte chunk `chunk` (0..15) of row `row`. Both walks are free of bank conflicts: 16
+// lanes along a row (the xor permutes the chunks of one row), and lanes kRun rows apart, four words of
+// a chunk each (the xor sends eight such rows to the eight 16-byte columns of the banks).
+__device__ __forceinline__ int run_offset(int row, int chunk) {
+  return row * kTilePitch + ((chunk ^ ((row / kRun) & 7)) << 4);
+}
 
-  // Columns j and j + 1 (j even) of rows (0, 1) or (2, 3) as packed f16: exact.
-  __device__ __forceinline__ void columns(int pair, int j, u32& first, u32& second) const {
-    u32 a = word[2 * pair][j / 4], b = word[2 * pair + 1][j / 4];
-    e4m3x4_to_f16(__byte_perm(a, b, j & 2 ? 0x7362 : 0x5140), first, second);
-  }
+// The row scales of 128 columns.
+struct Scales {
+  float row[kTileRows];            // 0 in padding
+  u32 factor[kTileRows / 2];       // of two rows, relative to `unit`, as f16; 0 where too small
+  float unit;                      // the largest, if packed f16 will do, else 0
+  int quiet;                       // rows that are not padding have a factor of 0
 };
 
-static constexpr int kHalf = 8;
-
-struct Output {
-  u8* data;       // first column of the half, at the lane's rows
-  i64 pitch;      // bytes from one column to the next
-  float* scale;   // of the half's first column
-  u32* factors;   // the warp's: one per column
-};
-
-// Writes the scale of this lane's column (lane / 4) and gives its multiplier to the whole warp.
-__device__ __forceinline__ void share_factors(const Output& out, float scale, u32 factor,
-                                              u32 (&f)[kHalf]) {
+// One warp: reads the scales of the tile's rows, for `block` of 128 columns.
+__device__ __forceinline__ void gather_scales(Scales& s, const int* slots, const float* scale,
+                                              u32 multiplier, int shift, float* rows_out) {
   int lane = threadIdx.x & 31;
-  if ((lane & 3) == 0) {
-    out.factors[lane >> 2] = factor;
-    store_stream(out.scale + (lane >> 2), scale);
-  }
-  __syncwarp();
-#pragma unroll
-  for (int i = 0; i < kHalf / 4; ++i) {
-    uint4 four = reinterpret_cast<const uint4*>(out.factors)[i];
-    f[4 * i] = four.x, f[4 * i + 1] = four.y, f[4 * i + 2] = four.z, f[4 * i + 3] = four.w;
-  }
-}
-
-// Any row scales.
-__device__ __forceinline__ void cast_f32(const Share& in, int first, const Output& out) {
-  u32 amax[kHalf];
-#pragma unroll
-  for (int j = 0; j < kHalf; j += 2) {
-    u32 v[2][2];   // [column][rows]
-    in.columns(0, first + j, v[0][0], v[1][0]);
-    in.columns(1, first + j, v[0][1], v[1][1]);
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      amax[j + i] = max_u32(max_u32(abs_bits(f16_to_float(v[i][0]) * in.scale[0]),
-                                    abs_bits(f16_to_float(v[i][0] >> 16) * in.scale[1])),
-                            max_u32(abs_bits(f16_to_float(v[i][1]) * in.scale[2]),
-                                    abs_bits(f16_to_float(v[i][1] >> 16) * in.scale[3])));
-  }
-  BlockScale s = block_scale<kPow2>(reduce_columns(amax, MaxU32()));
-  u32 inv[kHalf];
-  share_factors(out, s.scale, __float_as_uint(s.inv), inv);
-#pragma unroll
-  for (int j = 0; j < kHalf; j += 2) {
-    u32 v[2][2];
-    in.columns(0, first + j, v[0][0], v[1][0]);
-    in.columns(1, first + j, v[0][1], v[1][1]);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float f = __uint_as_float(inv[j + i]);
-      store_stream(out.data + (j + i) * out.pitch,
-                   pack_e4m3x4(f16_to_float(v[i][0]) * in.scale[0] * f,
-                               f16_to_float(v[i][0] >> 16) * in.scale[1] * f,
-                               f16_to_float(v[i][1]) * in.scale[2] * f,
-                               f16_to_float(v[i][1] >> 16) * in.scale[3] * f));
-    }
-  }
-}
-
-// The rows' scales for packed f16, relative to the largest of the warp's 128 rows.
-struct RowFactors {
-  u32 pair[2];   // rows (0, 1) and (2, 3): powers of two
-  float unit;    // the largest scale
-  bool fits;     // the same in all lanes
-};
-
-__device__ __forceinline__ RowFactors row_factors(const Share& in) {
+  int4 four = __ldg(reinterpret_cast<const int4*>(slots) + lane);
+  float value[4];
   u32 bits[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) bits[i] = __float_as_uint(in.scale[i]);
-  u32 largest = __reduce_max_sync(
-      kFullWarp, max_u32(max_u32(bits[0], bits[1]), max_u32(bits[2], bits[3])));
-  u32 mantissas = (bits[0] | bits[1] | bits[2] | bits[3]) & 0x007FFFFFu;
-  bool fits = mantissas == 0 && largest >= kMinLargest && largest <= kMaxLargest;
-  // Scales further down do not fit. A row of zeros does not need to: such rows are common (masked
-  // tokens have no gradient) and must not cost the warp its fast path. Scale 0 is padding.
-  u32 quiet = largest - kMaxShift;
-  u32 smallest = min(min(bits[0] - 1, bits[1] - 1), min(bits[2] - 1, bits[3] - 1));
-  if (smallest < quiet - 1) {
+  for (int i = 0; i < 4; ++i) {
+    int slot = element_of(four, i);
+    value[i] = slot < 0 ? 0.0f : __ldg(scale + divide(slot, multiplier, shift));
+    bits[i] = __float_as_uint(value[i]);
+  }
+  reinterpret_cast<float4*>(s.row)[lane] = make_float4(value[0], value[1], value[2], value[3]);
+  if (kWithRows) {
+    float out[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i] = element_of(four, i) < 0 ? kPadScale : value[i];
+    reinterpret_cast<float4*>(rows_out)[lane] = make_float4(out[0], out[1], out[2], out[3]);
+  }
+  if (kPow2) {
+    u32 largest = __reduce_max_sync(
+        kFullWarp, max_u32(max_u32(bits[0], bits[1]), max_u32(bits[2], bits[3])));
+    u32 mantissas = (bits[0] | bits[1] | bits[2] | bits[3]) & 0x007FFFFFu;
+    bool fits = mantissas == 0 && largest >= kMinLargest && largest <= kMaxLargest;
+    float down = __uint_as_float((254u << 23) - largest);   // 1 / largest
+    bool quiet = false;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      u32 any = (in.word[i][0] | in.word[i][1] | in.word[i][2] | in.word[i][3]) & 0x7F7F7F7Fu;
-      if (bits[i] - 1 < quiet - 1 && any != 0) fits = false;
+      bool small = bits[i] < largest - kMaxShift;
+      quiet = quiet || (small && bits[i] != 0);
+      value[i] = small ? 0.0f : value[i] * down;
+    }
+    reinterpret_cast<uint2*>(s.factor)[lane] =
+        make_uint2(pack_f16x2(value[0], value[1]), pack_f16x2(value[2], value[3]));
+    fits = __all_sync(kFullWarp, fits);
+    quiet = __any_sync(kFullWarp, quiet);
+    if (lane == 0) {
+      s.unit = fits ? __uint_as_float(largest) : 0.0f;
+      s.quiet = quiet;
     }
   }
-  float down = __uint_as_float((254u << 23) - largest);   // 1 / largest
-  return {{pack_f16x2(in.scale[0] * down, in.scale[1] * down),
-           pack_f16x2(in.scale[2] * down, in.scale[3] * down)},
-          __uint_as_float(largest),
-          (bool)__all_sync(kFullWarp, fits)};
 }
 
-// Power-of-two scales that fit; false, and nothing written, when a column is too quiet for f16.
-__device__ __forceinline__ bool cast_f16(const Share& in, const RowFactors& rows, int first,
+// A lane's share: rows kRun * (lane / 4) + i, columns 4 * (lane % 4) .. + 3 of a chunk.
+struct Share {
+  u32 word[kRun];
+};
+
+struct Output {
+  u8* data;       // the first of the four columns, at the lane's rows
+  i64 pitch;      // bytes from one column to the next
+  float* scale;   // of the first of the four columns
+};
+
+// Maximum over the eight lanes that share columns.
+template <class Max> __device__ __forceinline__ u32 reduce_runs(u32 v, Max max_of) {
+#pragma unroll
+  for (int step = 4; step < 32; step <<= 1)
+    v = max_of(v, __shfl_xor_sync(kFullWarp, v, step));
+  return v;
+}
+
+// Any row scales, column by column.
+__device__ __forceinline__ void cast_f32(const Share& in, const float* row_scale,
                                          const Output& out) {
-  u32 v[kHalf][2], amax[kHalf / 2];
+  int run = (threadIdx.x & 31) >> 2;
+  float scale[kRun];
 #pragma unroll
-  for (int pair = 0; pair < 2; ++pair)
-#pragma unroll
-    for (int j = 0; j < kHalf; j += 2) {
-      u32 two[2];
-      in.columns(pair, first + j, two[0], two[1]);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) v[j + i][pair] = multiply_f16x2(two[i], rows.pair[pair]);
-    }
-#pragma unroll
-  for (int j = 0; j < kHalf / 2; ++j) {
-    u32 a = max_abs_f16x2(v[2 * j][0], v[2 * j][1]);
-    u32 b = max_abs_f16x2(v[2 * j + 1][0], v[2 * j + 1][1]);
-    amax[j] = max_u16x2(join_halves(a, b), __byte_perm(a, b, 0x7632));
+  for (int i = 0; i < kRun / 4; ++i) {
+    float4 four = reinterpret_cast<const float4*>(row_scale + kRun * run)[i];
+    scale[4 * i] = four.x, scale[4 * i + 1] = four.y;
+    scale[4 * i + 2] = four.z, scale[4 * i + 3] = four.w;
   }
-  u32 two = reduce_columns(amax, MaxU16x2());   // lanes 8p .. 8p + 7: columns 2p and 2p + 1
-  u32 own = threadIdx.x & 4 ? two >> 16 : two & 0xFFFFu;
-  // Exact: not below 2^-24 * 2^-56; above the largest float it is Inf, as the FP32 products are.
-  BlockScale s = block_scale<true>(__float_as_uint(f16_to_float(own) * rows.unit));
-  float factor = s.inv * rows.unit;   // 1 to 2^32, or NaN
-  if (own == 0) factor = 1.0f;
-  if (__any_sync(kFullWarp, factor > 32768.0f)) return false;
-  u32 f[kHalf];
-  share_factors(out, s.scale, pack_f16x2(factor, factor), f);
+#pragma unroll 1
+  for (int j = 0; j < 4; ++j) {
+    u32 bytes = j | (j + 4) << 4;   // byte j of two words
+    float v[kRun];
+    u32 amax = 0;
 #pragma unroll
-  for (int j = 0; j < kHalf; ++j)
-    store_stream(out.data + j * out.pitch,
-                 f16_to_e4m3x4(multiply_f16x2(v[j][0], f[j]), multiply_f16x2(v[j][1], f[j])));
+    for (int i = 0; i < kRun; i += 2) {
+      u32 two = e4m3x2_to_f16x2(__byte_perm(in.word[i], in.word[i + 1], bytes));
+      v[i] = f16_to_float(two) * scale[i];
+      v[i + 1] = f16_to_float(two >> 16) * scale[i + 1];
+      amax = max_u32(amax, max_u32(abs_bits(v[i]), abs_bits(v[i + 1])));
+    }
+    BlockScale s = block_scale<kPow2>(reduce_runs(amax, MaxU32()));
+    u32 q[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      q[i] = pack_e4m3x4(v[4 * i] * s.inv, v[4 * i + 1] * s.inv, v[4 * i + 2] * s.inv,
+                         v[4 * i + 3] * s.inv);
+    store_stream(out.data + j * out.pitch, make_uint4(q[0], q[1], q[2], q[3]));
+    if (run == 0) store_stream(out.scale + j, s.scale);
+  }
+}
+
+// Row scales that fit packed f16. False, and nothing written, when a column is too quiet for it, all
+// zero, or not finite.
+__device__ __forceinline__ bool cast_f16(const Share& in, const Scales& s, const Output& out) {
+  int run = (threadIdx.x & 31) >> 2;
+  u32 v[4][kRun / 2];   // [column][two rows]
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint4 four = reinterpret_cast<const uint4*>(s.factor + kRun / 2 * run)[half];
+    u32 factor[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      int pair = 4 * half + i;
+      u32 a = in.word[2 * pair], b = in.word[2 * pair + 1];
+      e4m3x4_to_f16(__byte_perm(a, b, 0x5140), v[0][pair], v[1][pair]);
+      e4m3x4_to_f16(__byte_perm(a, b, 0x7362), v[2][pair], v[3][pair]);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) v[j][pair] = multiply_f16x2(v[j][pair], factor[i]);
+    }
+  }
+  // Two columns in the halves of a word from here on.
+  u32 amax[2], top[2], factor[2], bad = 0;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    u32 both[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const u32(&column)[kRun / 2] = v[2 * j + i];
+      both[i] = max_abs_f16x2(
+          max_abs_f16x2(max_abs_f16x2(column[0], column[1]), max_abs_f16x2(column[2], column[3])),
+          max_abs_f16x2(max_abs_f16x2(column[4], column[5]), max_abs_f16x2(column[6], column[7])));
+    }
+    u32 joined = max_u16x2(join_halves(both[0], both[1]), __byte_perm(both[0], both[1], 0x7632));
+    amax[j] = reduce_runs(joined, MaxU16x2());
+    // The exponent of the smallest power of two not below amax / 1.75 (448 is 1.75 * 2^8), and the
+    // factor that takes that power to 2^8: the rule of block_scale in 16 bits.
+    top[j] = (amax[j] + 0x00FF00FFu) & 0xFC00FC00u;
+    factor[j] = 0x98009800u - top[j];   // (15 + 15 + 8) << 10 less the exponent: at least 1
+    bad |= (factor[j] + 0x04000400u) | (amax[j] + 0x04000400u);   // Inf or more, either of them
+  }
+  if (__any_sync(kFullWarp, (bad & 0x80008000u) != 0)) return false;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    u32 f = __byte_perm(factor[j / 2], 0, j & 1 ? 0x3232 : 0x1010);
+    u32 q[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      q[i] = f16_to_e4m3x4(multiply_f16x2(v[j][2 * i], f), multiply_f16x2(v[j][2 * i + 1], f));
+    store_stream(out.data + j * out.pitch, make_uint4(q[0], q[1], q[2], q[3]));
+  }
+  if (run < 4) {   // the lanes of run j write the scales of the columns j
+    u32 exponent = (run & 2 ? top[1] : top[0]) >> (run & 1 ? 26 : 10) & 31;
+    store_stream(out.scale + run, __uint_as_float(__float_as_uint(s.unit) + ((exponent - 23) << 23)));
+  }
   return true;
+}
+
+// Whether every row with a factor of 0 is all zero here: padding, and rows too quiet for f16. Rows of
+// zeros are common (masked tokens have no gradient) and must not cost the warp its fast path.
+__device__ __forceinline__ bool quiet_rows_are_zero(const Share& in, const Scales& s) {
+  const u16* factor = reinterpret_cast<const u16*>(s.factor) + kRun * ((threadIdx.x & 31) >> 2);
+  bool zero = true;
+#pragma unroll
+  for (int i = 0; i < kRun; ++i)
+    if (factor[i] == 0 && (in.word[i] & 0x7F7F7F7Fu) != 0) zero = false;
+  return __all_sync(kFullWarp, zero);
 }
 
 // data [T, columns] with scale[(column / 128) * scale_ld + token] is gathered by
@@ -206,74 +250,58 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4)
                        int rows_scale_ld, u8* __restrict__ data_t, float* __restrict__ scale_t,
                        int scale_t_ld) {
   alignas(128) __shared__ u8 tile[kTileRows * kTilePitch];
-  alignas(16) __shared__ float row_scale[kColumns / 128][kTileRows];
-  alignas(16) __shared__ u32 factors[kWarps][kHalf];
+  alignas(16) __shared__ Scales scales[kColumns / 128];
   int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   int row0 = blockIdx.x * kTileRows;
   int column0 = blockIdx.y * kColumns;
   int width = min(kColumns, columns - column0);   // 128 or 256
+  const int* slots = slot_of_row + row0;
 
   // 16 lanes read 256 bytes of a row; each thread has eight consecutive rows.
   int chunk = threadIdx.x & 15;
   int first = (threadIdx.x >> 4) * 8;
   bool inside = chunk * 16 < width;
+  u8* own = tile + run_offset(first, chunk);
   {
-    const int4* slots = reinterpret_cast<const int4*>(slot_of_row + row0 + first);
-    int4 low = __ldg(slots), high = __ldg(slots + 1);
+    const int4* eight = reinterpret_cast<const int4*>(slots + first);
+    int4 low = __ldg(eight), high = __ldg(eight + 1);
     if (low.x == kUnused) return;
     const u8* source = data + column0 + (inside ? chunk * 16 : 0);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       int slot = element_of(i < 4 ? low : high, i & 3);
-      i64 token = slot < 0 ? 0 : divide(slot, multiplier, shift);
-      copy_async_16(tile + tile_offset(first + i, chunk), source + token * columns,
-                    slot < 0 || !inside);
+      i64 token = divide(max(slot, 0), multiplier, shift);
+      copy_async_16(own + i * kTilePitch, source + token * columns, slot < 0 || !inside);
     }
     copy_async_commit();
   }
-  {
-    int half = threadIdx.x >> 7, row = threadIdx.x & 127;
-    if (half * 128 < width) {
-      int slot = __ldg(slot_of_row + row0 + row);
-      i64 block = column0 / 128 + half;
-      float value = 0.0f;
-      if (slot >= 0) value = __ldg(scale + block * scale_ld + divide(slot, multiplier, shift));
-      row_scale[half][row] = value;
-      if (kWithRows)
-        store_stream(rows_scale + block * rows_scale_ld + row0 + row, slot < 0 ? kPadScale : value);
-    }
+  if (warp * 128 < width) {
+    i64 block = column0 / 128 + warp;
+    gather_scales(scales[warp], slots, scale + block * scale_ld, multiplier, shift,
+                  kWithRows ? rows_scale + block * rows_scale_ld + row0 : nullptr);
   }
   copy_async_wait<0>();
   if (kWithRows && inside) {
     // What this thread copied itself, so no barrier is needed yet.
+    u8* to = rows_out + (i64)(row0 + first) * columns + column0 + chunk * 16;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      uint4 v = *reinterpret_cast<const uint4*>(tile + tile_offset(first + i, chunk));
-      store_stream(rows_out + (i64)(row0 + first + i) * columns + column0 + chunk * 16, v);
-    }
+    for (int i = 0; i < 8; ++i, to += columns)
+      store_stream(to, *reinterpret_cast<const uint4*>(own + i * kTilePitch));
   }
   __syncthreads();
 
+  int run = lane >> 2, word = lane & 3;
   for (int c = warp; c * 16 < width; c += kWarps) {
+    const Scales& s = scales[c >> 3];
     Share share;
-    float4 scales = *reinterpret_cast<const float4*>(&row_scale[c >> 3][4 * lane]);
-    share.scale[0] = scales.x, share.scale[1] = scales.y;
-    share.scale[2] = scales.z, share.scale[3] = scales.w;
+    const u8* from = tile + run_offset(kRun * run, c) + 4 * word;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      uint4 v = *reinterpret_cast<const uint4*>(tile + tile_offset(4 * lane + i, c));
-      share.word[i][0] = v.x, share.word[i][1] = v.y, share.word[i][2] = v.z, share.word[i][3] = v.w;
-    }
-    RowFactors rows;
-    if (kPow2) rows = row_factors(share);
-#pragma unroll
-    for (int first_column = 0; first_column < 16; first_column += kHalf) {
-      i64 column = column0 + c * 16 + first_column;
-      Output out = {data_t + column * capacity + row0 + 4 * lane, capacity,
-                    scale_t + (i64)blockIdx.x * scale_t_ld + column, factors[warp]};
-      if (!kPow2 || !rows.fits || !cast_f16(share, rows, first_column, out))
-        cast_f32(share, first_column, out);
-      __syncwarp();   // the factors have been read
-    }
+    for (int i = 0; i < kRun; ++i)
+      share.word[i] = *reinterpret_cast<const u32*>(from + i * kTilePitch);
+    i64 column = column0 + c * 16 + 4 * word;
+    Output out = {data_t + column * capacity + row0 + kRun * run, capacity,
+                  scale_t + (i64)blockIdx.x * scale_t_ld + column};
+    bool fits = kPow2 && s.unit != 0.0f && (!s.quiet || quiet_rows_are_zero(share, s));
+    if (!fits || !cast_f16(share, s, out)) cast_f32(share, s.row, out);
   }
 }

@@ -284,10 +284,17 @@ def emulated(
     ) -> torch.Tensor:
         return memory.empty(size, dtype=dtype or like.dtype)
 
+    def empty_strided(
+        size: Sequence[int], stride: Sequence[int], *, dtype: torch.dtype, **_: Any
+    ) -> torch.Tensor:
+        assert tuple(stride) == (1, size[0])  # of a scale
+        return memory.empty((size[1], size[0]), dtype=dtype).t()
+
     def start(*modules: ModuleType) -> torch.Tensor:
         monkeypatch.setattr(jit, "load", load)
         monkeypatch.setattr(status, "pointer", lambda device: words.data_ptr())
         monkeypatch.setattr(torch, "empty", memory.empty)
+        monkeypatch.setattr(torch, "empty_strided", empty_strided)
         monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
         for module in modules:
             for name, value in list(vars(module).items()):
