@@ -63,9 +63,7 @@ def check_tokens(
     check_size("x: H", x.shape[1], config)
 
 
-def check_weights(
-    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, config: FP8Config
-) -> None:
+def check_weights(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, config: FP8Config) -> None:
     """Raises: ValueError for weights that do not fit x (T, H) or the GEMMs of config."""
     _check_weight("w2", w2, (None, x.shape[1], None), x.device)
     _check_weight("w13", w13, (w2.shape[0], 2 * w2.shape[2], x.shape[1]), x.device)

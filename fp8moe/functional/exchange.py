@@ -230,7 +230,9 @@ class Exchange:
             sums = _sum_of_rows(rows, self.permutation.row_of_slot)
             pending = self._start(_words(sums), self.rows.back())
             index = self.first_row_of_slot
-        return Returned(pending, index, lambda got, index: _sum_of_rows(got.view(rows.dtype), index))
+        return Returned(
+            pending, index, lambda got, index: _sum_of_rows(got.view(rows.dtype), index)
+        )
 
     def return_slots(self, values: Tensor) -> Returned:
         """Start sending values (R, K) float32 of the received slots back; gives (T, K)."""
