@@ -25,6 +25,7 @@ from fp8moe.functional.arguments import check_size, check_tokens, check_weights
 from fp8moe.functional.autocast import autocast_off, result_dtype
 from fp8moe.functional.exchange import Combine, Exchange, FP8Message
 from fp8moe.functional.experts import backward_rows, forward_rows, unfused_rows
+from fp8moe.functional.sharded import local_weight
 from fp8moe.kernels.cast import cast_per_token
 from fp8moe.kernels.fp8tensor import BLOCK, FP8Tensor
 from fp8moe.kernels.permute import gather_slots, permute_rows
@@ -211,7 +212,8 @@ def expert_parallel_swiglu(dispatched: Dispatched, w13: Tensor, w2: Tensor) -> T
 
     Args:
         dispatched: from `dispatch`; used once.
-        w13: (E / ranks, 2I, H), this rank's experts. w2: (E / ranks, H, I).
+        w13: (E / ranks, 2I, H), this rank's experts, or a DTensor of which they are the local part.
+        w2: (E / ranks, H, I), likewise.
 
     Returns: (T, H), the dtype of x or, under autocast, autocast's.
 
@@ -219,6 +221,7 @@ def expert_parallel_swiglu(dispatched: Dispatched, w13: Tensor, w2: Tensor) -> T
     """
     x, ids, weights = dispatched.x, dispatched.topk_ids, dispatched.topk_weights
     config, exchange, dtype = dispatched.config, dispatched.exchange, dispatched.dtype
+    w13, w2 = local_weight(w13), local_weight(w2)
     check_weights(x, w13, w2, config)
     if w13.shape[0] != exchange.num_local_experts:
         raise ValueError(f"w13: expected {exchange.num_local_experts} experts, got {w13.shape[0]}")

@@ -18,7 +18,6 @@ from fp8moe.config import FP8Config
 from fp8moe.functional import swiglu_experts
 from fp8moe.functional.exchange import Combine
 from fp8moe.functional.expert_parallel import Dispatched, dispatch, expert_parallel_swiglu
-from fp8moe.functional.sharded import local_weight
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -117,7 +116,7 @@ class AllToAllDispatcher:
         )
 
     def finish(self, tokens: Dispatched, w13: Tensor, w2: Tensor) -> Tensor:
-        return expert_parallel_swiglu(tokens, local_weight(w13), local_weight(w2))
+        return expert_parallel_swiglu(tokens, w13, w2)
 
     def parameter(self, local: Tensor) -> nn.Parameter:
         from torch.distributed.tensor import DTensor, Shard

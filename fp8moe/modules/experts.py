@@ -118,6 +118,8 @@ class Experts(nn.Module):
         self, x_TH: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor
     ) -> Any:
         """Send the tokens on their way; what it returns is forward's `tokens`."""
+        if x_TH.dim() != 2 or x_TH.shape[1] != self.hidden_size:
+            raise ValueError(f"x_TH: expected (T, {self.hidden_size}), got {tuple(x_TH.shape)}")
         return self.dispatcher.start(
             x_TH, topk_ids_TK, topk_weights_TK, self.config, self.intermediate_size
         )
