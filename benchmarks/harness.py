@@ -22,7 +22,10 @@ _SPIN_CYCLES = 300_000
 
 
 def machine() -> dict[str, object]:
-    """GPU, driver, clocks (MHz), power (W) and versions."""
+    """GPU, driver, clocks (MHz), power (W) and versions; on a CPU the versions alone."""
+    versions = {"torch": torch.__version__, "fp8moe": fp8moe.__version__}
+    if not torch.cuda.is_available():
+        return {"gpu": "none", **versions}
     query = "driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
     try:
         line = subprocess.run(
@@ -39,9 +42,8 @@ def machine() -> dict[str, object]:
     return {
         "gpu": properties.name,
         "sms": properties.multi_processor_count,
-        "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "fp8moe": fp8moe.__version__,
+        **versions,
         **smi,
     }
 
