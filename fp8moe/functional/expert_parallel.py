@@ -43,31 +43,27 @@ class Dispatched:
 
     def __init__(
         self,
-        x: Tensor,
+        sent: FP8Tensor | Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
         exchange: Exchange,
         config: FP8Config,
-        fused: bool,
     ) -> None:
-        self.topk_ids, self.exchange, self.config, self.fused = topk_ids, exchange, config, fused
-        self.dtype = result_dtype(x)
-        self.topk_weights = topk_weights.float()
-        with autocast_off(x.device):
-            self.x = x if fused else x.bfloat16()
-        side = self.topk_weights.detach(), topk_ids.int()
-        if fused:
-            x8 = FP8Tensor(*cast_per_token(x.detach(), config.pow2_scales))
-            self._message: Any = FP8Message.start(exchange, x8, *side)
+        self.exchange, self.config, self.topk = exchange, config, topk_ids.shape[1]
+        self.fused = isinstance(sent, FP8Tensor)
+        self.shape = tuple(sent.data.shape)
+        side = topk_weights.detach().float(), topk_ids.int()
+        self._message: Any
+        if isinstance(sent, FP8Tensor):
+            self._message = FP8Message.start(exchange, sent, *side)
         else:
-            rows = exchange.send_rows(self.x.detach())
-            self._message = (rows, exchange.send_side(*side))
+            self._message = exchange.send_rows(sent), exchange.send_side(*side)
 
     def wait(self) -> tuple[Any, Tensor]:
         """The received tokens, FP8Tensor or BF16, and their weights (R, K) float32."""
         data, side = self._message
         del self._message
-        topk = self.topk_ids.shape[1]
+        topk = self.topk
         if self.fused:
             x, side = FP8Message(data, side).wait()
         else:
@@ -83,7 +79,7 @@ class ExpertParallelSwiglu(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        topk_ids: Tensor,
+        topk_ids: None,
         topk_weights: Tensor,
         w13: Tensor,
         w2: Tensor,
@@ -123,13 +119,13 @@ class DispatchRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, received: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
+        ctx.exchange, ctx.dtype = exchange, x.dtype
         return permute_rows(received, *exchange.permutation[:2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> Any:
-        return ctx.exchange.return_rows(dx.contiguous()).wait(), None, None
+        return ctx.exchange.return_rows(dx.contiguous()).wait().to(ctx.dtype), None, None
 
 
 class DispatchWeights(torch.autograd.Function):
@@ -198,20 +194,30 @@ def dispatch(
             f"got {num_experts}"
         )
     fused = config.all_fp8 and x.shape[1] % BLOCK == 0 and intermediate_size % BLOCK == 0
+    # Before the plan: the device casts while the host waits for the sizes.
+    sent: FP8Tensor | Tensor
+    if fused:
+        sent = FP8Tensor(*cast_per_token(x.detach(), config.pow2_scales))
+    else:
+        sent = x.detach().bfloat16()
     exchange = Exchange.plan(topk_ids, num_experts, group, combine)
-    return Dispatched(x, topk_ids, topk_weights, exchange, config, fused)
+    return Dispatched(sent, topk_ids, topk_weights, exchange, config)
 
 
 @torch.compiler.disable
-def expert_parallel_swiglu(dispatched: Dispatched, w13: Tensor, w2: Tensor) -> Tensor:
+def expert_parallel_swiglu(
+    dispatched: Dispatched, x: Tensor, topk_weights: Tensor, w13: Tensor, w2: Tensor
+) -> Tensor:
     """y[t] = sum_k p[t, k] (silu(g) * u) w2[e]^T, as `swiglu_experts`, for tokens on their way.
 
-    Differentiable in what `dispatch` was given as x and topk_weights, and in w13 and w2: their
-    gradients are the sums over the tokens of all ranks. Every rank of the group must run backward,
-    with the same inputs requiring gradients; one without tokens through its empty y.
+    Differentiable in x, topk_weights, w13 and w2; the gradients of the weights are the sums over
+    the tokens of all ranks. Every rank of the group must run backward, with the same inputs
+    requiring gradients; one without tokens through its empty y.
 
     Args:
         dispatched: from `dispatch`; used once.
+        x, topk_weights: what `dispatch` was given. Their values have left already: here they only
+            tell where gradients go.
         w13: (E / ranks, 2I, H), this rank's experts, or a DTensor of which they are the local part.
         w2: (E / ranks, H, I), likewise.
 
@@ -219,17 +225,23 @@ def expert_parallel_swiglu(dispatched: Dispatched, w13: Tensor, w2: Tensor) -> T
 
     Raises: ValueError naming the argument, what was expected and what came.
     """
-    x, ids, weights = dispatched.x, dispatched.topk_ids, dispatched.topk_weights
-    config, exchange, dtype = dispatched.config, dispatched.exchange, dispatched.dtype
+    config, exchange = dispatched.config, dispatched.exchange
+    if tuple(x.shape) != dispatched.shape:
+        raise ValueError(f"x: expected {dispatched.shape} as dispatched, got {tuple(x.shape)}")
+    expected = (dispatched.shape[0], dispatched.topk)
+    if tuple(topk_weights.shape) != expected:
+        raise ValueError(
+            f"topk_weights: expected {expected} as dispatched, got {tuple(topk_weights.shape)}"
+        )
     w13, w2 = local_weight(w13), local_weight(w2)
     check_weights(x, w13, w2, config)
     if w13.shape[0] != exchange.num_local_experts:
         raise ValueError(f"w13: expected {exchange.num_local_experts} experts, got {w13.shape[0]}")
-    grad = torch.is_grad_enabled()
+    weights, dtype, grad = topk_weights.float(), result_dtype(x), torch.is_grad_enabled()
     with autocast_off(x.device):
         if dispatched.fused:
             return ExpertParallelSwiglu.apply(
-                x, ids, weights, w13, w2, config, dtype, grad, dispatched
+                x, None, weights, w13, w2, config, dtype, grad, dispatched
             )
         received, received_weights = dispatched.wait()
         xp = DispatchRows.apply(x, received, exchange)

@@ -28,9 +28,9 @@ Tensor = torch.Tensor
 class Dispatcher(Protocol):
     """How one batch of tokens reaches the experts.
 
-    tokens = dispatcher.start(x, topk_ids, topk_weights, config, intermediate_size)
-    ...                                           # work that need not wait for the tokens
-    y = dispatcher.finish(tokens, w13, w2)
+        tokens = dispatcher.start(x, topk_ids, topk_weights, config, intermediate_size)
+        ...                                       # work that need not wait for the tokens
+        y = dispatcher.finish(tokens, x, topk_ids, topk_weights, w13, w2, config)
 
     Attributes:
         experts: which of the layer's experts are here.
@@ -42,26 +42,43 @@ class Dispatcher(Protocol):
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, config: FP8Config, inner: int
     ) -> Any: ...
 
-    def finish(self, tokens: Any, w13: Tensor, w2: Tensor) -> Tensor: ...
+    def finish(
+        self,
+        tokens: Any,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        w13: Tensor,
+        w2: Tensor,
+        config: FP8Config,
+    ) -> Tensor: ...
 
     def parameter(self, local: Tensor) -> nn.Parameter:
-        """The parameter for this rank's experts' weights (E local, N, K)."""
+        """The parameter for this rank's experts' weights (local E, N, K)."""
         ...
 
 
 class LocalDispatcher:
-    """All experts are here: `start` only passes the tokens on."""
+    """All experts are here: there is nothing to start."""
 
     def __init__(self, num_experts: int) -> None:
         self.experts = range(num_experts)
 
     def start(
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, config: FP8Config, inner: int
-    ) -> Any:
-        return x, topk_ids, topk_weights, config
+    ) -> None:
+        return None
 
-    def finish(self, tokens: Any, w13: Tensor, w2: Tensor) -> Tensor:
-        x, topk_ids, topk_weights, config = tokens
+    def finish(
+        self,
+        tokens: None,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        w13: Tensor,
+        w2: Tensor,
+        config: FP8Config,
+    ) -> Tensor:
         return swiglu_experts(x, topk_ids, topk_weights, w13, w2, config=config)
 
     def parameter(self, local: Tensor) -> nn.Parameter:
@@ -115,8 +132,19 @@ class AllToAllDispatcher:
             combine=self.combine,
         )
 
-    def finish(self, tokens: Dispatched, w13: Tensor, w2: Tensor) -> Tensor:
-        return expert_parallel_swiglu(tokens, w13, w2)
+    def finish(
+        self,
+        tokens: Dispatched | None,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        w13: Tensor,
+        w2: Tensor,
+        config: FP8Config,
+    ) -> Tensor:
+        if tokens is None:
+            tokens = self.start(x, topk_ids, topk_weights, config, w2.shape[2])
+        return expert_parallel_swiglu(tokens, x, topk_weights, w13, w2)
 
     def parameter(self, local: Tensor) -> nn.Parameter:
         from torch.distributed.tensor import DTensor, Shard

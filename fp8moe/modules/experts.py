@@ -114,12 +114,18 @@ class Experts(nn.Module):
         self.dispatcher = dispatcher
         return self
 
+    def _check(self, x_TH: torch.Tensor) -> None:
+        if x_TH.dim() != 2 or x_TH.shape[1] != self.hidden_size:
+            raise ValueError(f"x_TH: expected (T, {self.hidden_size}), got {tuple(x_TH.shape)}")
+
     def dispatch(
         self, x_TH: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor
     ) -> Any:
-        """Send the tokens on their way; what it returns is forward's `tokens`."""
-        if x_TH.dim() != 2 or x_TH.shape[1] != self.hidden_size:
-            raise ValueError(f"x_TH: expected (T, {self.hidden_size}), got {tuple(x_TH.shape)}")
+        """Start sending the tokens to the ranks of their experts.
+
+        Returns: forward's `tokens`, None if the experts are all here.
+        """
+        self._check(x_TH)
         return self.dispatcher.start(
             x_TH, topk_ids_TK, topk_weights_TK, self.config, self.intermediate_size
         )
@@ -131,9 +137,10 @@ class Experts(nn.Module):
         topk_weights_TK: torch.Tensor,
         tokens: Any = None,
     ) -> torch.Tensor:
-        if tokens is None:
-            tokens = self.dispatch(x_TH, topk_ids_TK, topk_weights_TK)
-        return self.dispatcher.finish(tokens, self.w13, self.w2)
+        self._check(x_TH)
+        return self.dispatcher.finish(
+            tokens, x_TH, topk_ids_TK, topk_weights_TK, self.w13, self.w2, self.config
+        )
 
     def extra_repr(self) -> str:
         c = self.config

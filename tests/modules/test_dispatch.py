@@ -40,12 +40,12 @@ def inputs(tokens: int = 40):
     return x, ids, weights.requires_grad_()
 
 
-def test_local_dispatch_passes_the_tokens_on():
+def test_local_experts_have_nothing_to_dispatch():
     experts = Experts(E, H, I)
     assert isinstance(experts.dispatcher, LocalDispatcher) and experts.ep_mesh is None
     batch = inputs()
-    tokens = experts.dispatch(*batch)
-    assert torch.equal(experts(*batch, tokens), experts(*batch))
+    assert experts.dispatch(*batch) is None
+    assert torch.equal(experts(*batch, None), experts(*batch))
     assert list(experts.dispatcher.experts) == [0, 1, 2, 3]
     assert not list(expert_parameters(experts)) and not expert_parameter_names(experts)
 

@@ -131,7 +131,7 @@ def both(
     tokens = dispatch(
         mine[0], ids[at], mine[1], E, I, config=config, group=ranks.group, combine=combine
     )
-    z = expert_parallel_swiglu(tokens, *mine[2:])
+    z = expert_parallel_swiglu(tokens, *mine)
     z.backward(dy[at])
     parts = at, at, ranks.experts, ranks.experts
     names = "dx", "dp", "dw13", "dw2"
