@@ -71,19 +71,45 @@ def _words(t: Tensor) -> Tensor:
     return t.view(torch.int64)
 
 
-def _positions(ids: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Where each slot comes when slots are grouped by id, in slot order within a group, unpadded.
+class _Order(NamedTuple):
+    """Where a batch's slots come when they are grouped by rank, in slot order within a rank.
 
     Args:
-        ids: (T, K) int64, 0 to groups; groups itself drops the slot.
-
-    Returns: position (T, K) int32, -1 if dropped; size of each group (groups,) int32.
+        row: (T, K) int32, the message row of the slot's token to the slot's rank, -1 if dropped.
+        first_row: the same, but -1 where an earlier slot of the token has that row.
+        position: (T, K) int32, the slot's place among all slots, -1 if dropped.
+        rows, slots: (ranks,) int32, how many of each go to each rank.
     """
-    row_of_slot, _, ends, sizes = Permutation.of(ids, groups)
-    starts = ends - (sizes + BLOCK - 1) // BLOCK * BLOCK
-    shift = starts - (sizes.cumsum(0) - sizes)
-    shift = torch.cat([shift, shift.new_zeros(1)]).int()
-    return torch.where(row_of_slot < 0, row_of_slot, row_of_slot - shift[ids]), sizes
+
+    row: Tensor
+    first_row: Tensor
+    position: Tensor
+    rows: Tensor
+    slots: Tensor
+
+    @classmethod
+    def of(cls, rank: Tensor, ranks: int) -> _Order:
+        """rank: (T, K) int64, 0 to ranks; ranks itself drops the slot. Few and small operations:
+        the host launches them while the device has little else to do."""
+        rank_KT = rank.t()
+        # One row per rank, the last for dropped slots: it comes after all others and shifts none.
+        slots = torch.zeros((ranks + 1, len(rank)), dtype=torch.int32, device=rank.device)
+        slots.scatter_add_(0, rank_KT, slots.new_ones(1).expand(rank_KT.shape))
+        rows = (slots > 0).int()
+        before = torch.stack([rows, slots])
+        before = before.flatten(1).cumsum(1, dtype=torch.int32).view_as(before) - before
+        row, position = before.gather(1, rank_KT.expand(2, -1, -1)).transpose(1, 2)
+        same = rank.unsqueeze(2) == rank.unsqueeze(1)
+        earlier = same.tril(-1).sum(dim=2, dtype=torch.int32)
+        dropped = rank == ranks
+        row = row.masked_fill(dropped, -1).contiguous()
+        return cls(
+            row,
+            row.masked_fill(earlier > 0, -1),
+            (position + earlier).masked_fill(dropped, -1).contiguous(),
+            rows[:ranks].sum(dim=1, dtype=torch.int32),
+            slots[:ranks].sum(dim=1, dtype=torch.int32),
+        )
 
 
 def _sum_of_rows(rows: Tensor, index: Tensor) -> Tensor:
@@ -141,16 +167,14 @@ class Exchange:
 
         ids = topk_ids.long()
         bad = (ids < 0) | (ids > num_experts)
-        rank = (ids // self.num_local_experts).masked_fill(bad, ranks)
-        first = (rank.unsqueeze(2) == rank.unsqueeze(1)).byte().argmax(dim=2)
-        is_first = first == torch.arange(topk, device=ids.device)
-        self.first_row_of_slot, rows = _positions(rank.masked_fill(~is_first, ranks), ranks)
-        self.row_of_slot = self.first_row_of_slot.gather(1, first)
-        self.position_of_slot, slots = _positions(rank, ranks)
+        order = _Order.of((ids // self.num_local_experts).masked_fill(bad, ranks), ranks)
+        self.row_of_slot, self.first_row_of_slot = order.row, order.first_row
+        self.position_of_slot = order.position
 
         same_for_all = torch.stack([bad.sum(), bad.new_full((), topk, dtype=torch.int64)])
         sent = torch.cat(
-            [torch.stack([rows, slots], dim=1).long(), same_for_all.expand(ranks, 2)], dim=1
+            [torch.stack([order.rows, order.slots], dim=1).long(), same_for_all.expand(ranks, 2)],
+            dim=1,
         )
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=group)

@@ -27,16 +27,18 @@ E, K, H, I = 4, 2, 128, 128  # noqa: E741
 
 
 @pytest.fixture
-def group() -> Iterator[dist.ProcessGroup]:
-    """A gloo group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
+def group(device: torch.device) -> Iterator[dist.ProcessGroup]:
+    """A group of this process alone: gloo, or NCCL on the GPU. New tensors are on its device."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    with device:
+        yield dist.group.WORLD
     dist.destroy_process_group()
 
 
 def inputs(tokens: int = 40):
     x = torch.randn(tokens, H).bfloat16().requires_grad_()
-    ids, weights = testing.random_topk(tokens, K, E, 0)
+    ids, weights = testing.random_topk(tokens, K, E, 0, device=x.device)
     return x, ids, weights.requires_grad_()
 
 
@@ -52,20 +54,21 @@ def test_local_experts_have_nothing_to_dispatch():
 
 @pytest.mark.parametrize("combine", ["rows", "sums"])
 @pytest.mark.parametrize("config", [FP8Config(), FP8Config.bf16()], ids=["fp8", "bf16"])
-def test_group_of_one_equals_local(group, config, combine):
+@pytest.mark.parametrize("tokens", [40, 0])
+def test_group_of_one_equals_local(group, config, combine, tokens):
     torch.manual_seed(1)
     local = Experts(E, H, I, config=config)
     torch.manual_seed(1)
     experts = Experts(E, H, I, config=config, ep_group=group, combine=combine)
-    batch, twin = inputs(), inputs()
+    batch, twin = inputs(tokens), inputs(tokens)
     with torch.no_grad():
         for b, t in zip(batch, twin, strict=True):
             t.copy_(b)
     y, z = local(*batch), experts(*twin)
     assert torch.equal(z, y)
-    dy = torch.randn(y.shape)
-    y.backward(dy.bfloat16())
-    z.backward(dy.bfloat16())
+    dy = torch.randn(y.shape).bfloat16()
+    y.backward(dy)
+    z.backward(dy)
     pairs = [(twin[0], batch[0]), (twin[2], batch[2])]
     assert all(torch.equal(a.grad, b.grad) for a, b in pairs)
     for a, b in ((experts.w13, local.w13), (experts.w2, local.w2)):
@@ -100,8 +103,8 @@ def test_initialisation_does_not_depend_on_the_group(group):
     assert torch.equal(sharded.w2.full_tensor(), whole.w2)
 
 
-def test_meta_device_then_materialised(group):
-    experts = Experts(E, H, I, device="meta", ep_group=group).to_empty(device="cpu")
+def test_meta_device_then_materialised(group, device):
+    experts = Experts(E, H, I, device="meta", ep_group=group).to_empty(device=device)
     experts.reset_parameters()
     assert experts(*inputs()).isfinite().all()
 
@@ -194,8 +197,8 @@ def test_gradient_norm_over_plain_and_sharded_parameters(group):
         clip_grad_norm_(moe.parameters(), -1)
 
 
-def test_refused_before_any_work(group):
-    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "ep"))
+def test_refused_before_any_work(group, device):
+    mesh = init_device_mesh(device.type, (1, 1), mesh_dim_names=("dp", "ep"))
     for bad, message in (
         ({"ep_group": mesh}, r"ep_group: expected a mesh of one dimension, got 2.*mesh\['ep'\]"),
         ({"ep_group": 3}, "ep_group: expected a ProcessGroup with this rank in it.* got 3"),
