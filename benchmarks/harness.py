@@ -22,8 +22,8 @@ _SPIN_CYCLES = 300_000
 
 
 def machine() -> dict[str, object]:
-    """GPU, driver, clocks (MHz), power (W) and versions; on a CPU the versions alone."""
-    versions = {"torch": torch.__version__, "fp8moe": fp8moe.__version__}
+    """GPU, driver, clocks (MHz), power (W) and versions."""
+    versions: dict[str, object] = {"torch": torch.__version__, "fp8moe": fp8moe.__version__}
     if not torch.cuda.is_available():
         return {"gpu": "none", **versions}
     query = "driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -117,9 +117,11 @@ class MoE(nn.Module):
         x_TH = x.reshape(-1, x.shape[-1])
         routed = self.router(x_TH)
         batch = x_TH, routed.topk_ids, routed.topk_weights
-        tokens = self.experts.dispatch(*batch)
+        sent: tuple[Any, ...] = ()
+        if getattr(self.experts, "ep_mesh", None) is not None:
+            sent = (self.experts.dispatch(*batch),)
         shared_TH = None if self.shared_experts is None else self.shared_experts(x_TH)
-        y_TH = self.experts(*batch, tokens)
+        y_TH = self.experts(*batch, *sent)
         if shared_TH is not None:
             y_TH = y_TH + shared_TH
         self.last_load = routed.num_tokens_per_expert
