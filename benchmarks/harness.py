@@ -10,6 +10,7 @@ import datetime
 import json
 import statistics
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 import fp8moe
 
 FLUSH_BYTES = 256 << 20  # several times the L2 of an H100 (50 MB) or H200 (60 MB)
+COPY_BYTES = 1 << 30
 _SPIN_CYCLES = 300_000
 
 
@@ -108,6 +110,37 @@ def time_sustained(fn: Callable[[], object], seconds: float = 0.25) -> float:
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) * 1e3 / count
+
+
+def time_back_to_back(
+    functions: dict[str, Callable[[], object]], rounds: int, calls: int
+) -> dict[str, float]:
+    """Median wall-clock time in us of one call among `calls` back to back, rounds in alternation.
+
+    What a training loop sees: launch overhead counts where the host is slower than the GPU. Works
+    on a CPU too.
+    """
+    on_gpu = torch.cuda.is_available()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for round_ in range(rounds + 1):
+        for name, fn in functions.items():
+            if on_gpu:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                fn()
+            if on_gpu:
+                torch.cuda.synchronize()
+            if round_:  # the first one warms up
+                times[name].append((time.perf_counter() - start) * 1e6 / calls)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def copy_rate() -> float:
+    """Copy bandwidth of torch on this GPU, bytes read and written per us, from 1 GiB."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").zero_()
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / time_interleaved({"copy": lambda: target.copy_(source)}, 10)["copy"]
 
 
 def table(rows: list[dict[str, object]], columns: list[str]) -> str:

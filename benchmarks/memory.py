@@ -20,8 +20,6 @@ import torch
 from benchmarks import harness
 from fp8moe.kernels import cast, permute, swiglu
 
-COPY_BYTES = 1 << 30
-
 
 class Shape(NamedTuple):
     tokens: int
@@ -116,6 +114,7 @@ def layer_cases(shape: Shape) -> list[Case]:
     x = random(tokens, hidden)
     x8 = cast.cast_per_token(x, True)
     h, da = random(len(slot_of_row), 2 * intermediate), random(len(slot_of_row), intermediate)
+    h8 = swiglu.swiglu_cast_both(h, weights, slot_of_row, True)[2:]
     y = random(len(slot_of_row), hidden)
     partials = torch.rand(intermediate // 128, len(slot_of_row), device="cuda")
     row_map = used(slot_of_row, rows)
@@ -164,21 +163,36 @@ def layer_cases(shape: Shape) -> list[Case]:
             swiglu_in + activation_bytes(intermediate),
         ),
         Case(
+            "swiglu_cast_both",
+            lambda: swiglu.swiglu_cast_both(h, weights, slot_of_row, True),
+            swiglu_in + activation_bytes(intermediate) + activation_bytes(2 * intermediate),
+        ),
+        Case(
             "swiglu_backward_cast",
-            lambda: swiglu.swiglu_backward_cast(h, da, weights, slot_of_row, True),
+            lambda: swiglu.swiglu_backward_cast(h, None, da, weights, slot_of_row, True),
             swiglu_in + used(da, rows) + backward_out + used(partials, rows, 1),
+        ),
+        Case(
+            "swiglu_backward_cast of h in FP8",
+            lambda: swiglu.swiglu_backward_cast(*h8, da, weights, slot_of_row, True),
+            activation_bytes(2 * intermediate)
+            + row_map
+            + nbytes(weights)
+            + used(da, rows)
+            + backward_out
+            + used(partials, rows, 1),
         ),
     ]
 
 
 def measure(label: str, cases: list[Case], iterations: int) -> list[dict[str, object]]:
     """Time all cases and a copy in alternation."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").zero_()
+    source = torch.empty(harness.COPY_BYTES, dtype=torch.uint8, device="cuda").zero_()
     target = torch.empty_like(source)
     functions: dict[str, Callable[[], object]] = {c.name: c.run for c in cases}
     functions["copy"] = lambda: target.copy_(source)
     times = harness.time_interleaved(functions, iterations)
-    copy_rate = 2 * COPY_BYTES / times["copy"]
+    copy_rate = 2 * harness.COPY_BYTES / times["copy"]
 
     def row(name: str, moved: int) -> dict[str, object]:
         rate = moved / times[name]
@@ -191,7 +205,7 @@ def measure(label: str, cases: list[Case], iterations: int) -> list[dict[str, ob
             "% of copy": 100 * rate / copy_rate,
         }
 
-    return [row(c.name, c.bytes) for c in cases] + [row("copy", 2 * COPY_BYTES)]
+    return [row(c.name, c.bytes) for c in cases] + [row("copy", 2 * harness.COPY_BYTES)]
 
 
 def main() -> None:

@@ -24,9 +24,12 @@ y is not needed in backward, dy is the same for all K rows of a token, and with 
 A 1x128 scale belongs to one token, so x and dy are cast once per token, and the permutation to
 experts copies bytes. Everything between two GEMMs is one pass over memory:
 
-    forward   route, cast x, permute -> h -> SwiGLU * p + cast -> y rows -> sum
+    forward   route, cast x, permute -> h -> SwiGLU * p + casts -> y rows -> sum
     backward  cast dy, permute (rows and columns) -> da' -> SwiGLU' + all casts
               -> dw2 -> dx rows -> sum; permute x to columns -> dw13
+
+Backward needs h and x. h is kept as `FP8Config.save` says. x is the caller's own tensor, alive
+anyway, and is cast a second time; save="bf16", the setting for speed, keeps the FP8 copy.
 
 With a GEMM in BF16, or H or I not a multiple of 128, the layer is composed of the functions in
 unfused.py and of `grouped_linear`: the same mathematics, more passes.

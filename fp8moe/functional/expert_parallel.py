@@ -91,7 +91,8 @@ class ExpertParallelSwiglu(torch.autograd.Function):
         x8, weights = dispatched.wait()
         exchange = ctx.exchange = dispatched.exchange
         p = exchange.permutation
-        rows = forward_rows(ctx, x8, weights, p, w13, w2, config, x.dtype, grad)
+        rows = forward_rows(ctx, x8, weights, p, w13, w2, config, x8, grad)
+        ctx.x_dtype = x.dtype
         return exchange.return_rows(rows).wait().to(dtype)
 
     @staticmethod
@@ -107,8 +108,8 @@ class ExpertParallelSwiglu(torch.autograd.Function):
 
         with autocast_off(dy.device):
             dy8 = FP8Tensor(*cast_per_token(dy.contiguous(), ctx.config.pow2_scales))
-            dy8, _ = FP8Message.start(exchange, dy8).wait()
-            dx, dp, dw13, dw2 = backward_rows(ctx, dy8, sum_rows, take_slots)
+            message = FP8Message.start(exchange, dy8)
+            dx, dp, dw13, dw2 = backward_rows(ctx, lambda: message.wait()[0], sum_rows, take_slots)
             dp = None if dp is None else dp.wait()
             dx = None if dx is None else dx.wait().to(ctx.x_dtype)
         return dx, None, dp, dw13, dw2, None, None, None, None

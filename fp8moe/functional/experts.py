@@ -18,7 +18,7 @@ from fp8moe.functional.autocast import autocast_off, result_dtype
 from fp8moe.functional.linear import GroupedLinear
 from fp8moe.functional.main_grad import fp8_wgrad, owner
 from fp8moe.functional.observe import report
-from fp8moe.functional.saved import compress, expand, restore
+from fp8moe.functional.saved import restore
 from fp8moe.functional.unfused import (
     GatherSum,
     NoRows,
@@ -37,7 +37,7 @@ from fp8moe.kernels.permute import (
     permute_fp8_both,
     permute_fp8_to_channel,
 )
-from fp8moe.kernels.swiglu import swiglu_backward_cast, swiglu_cast
+from fp8moe.kernels.swiglu import swiglu_backward_cast, swiglu_cast, swiglu_cast_both
 
 Tensor = torch.Tensor
 
@@ -65,7 +65,11 @@ class SwigluExperts(torch.autograd.Function):
     ) -> Tensor:
         p = Permutation.of(topk_ids, w13.shape[0])
         x8 = FP8Tensor(*cast_per_token(x, config.pow2_scales))
-        rows = forward_rows(ctx, x8, topk_weights, p, w13, w2, config, x.dtype, grad)
+        # x belongs to the caller: keeping it takes no memory, and its cast is repeated bit for bit.
+        # save="bf16" trades memory for time throughout, so it keeps the cast instead.
+        kept_x = x8 if config.save == "bf16" else (x, None)
+        rows = forward_rows(ctx, x8, topk_weights, p, w13, w2, config, kept_x, grad)
+        ctx.x_dtype = x.dtype
         y = gather_sum(rows, p.row_of_slot)
         # Not a plain .to: where that returns y itself, torch 2.11 compiles zero gradients.
         return y if y.dtype == dtype else y.to(dtype)
@@ -74,8 +78,12 @@ class SwigluExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         with autocast_off(dy.device):
-            dy8 = FP8Tensor(*cast_per_token(dy.contiguous(), ctx.config.pow2_scales))
-            dx, dp, dw13, dw2 = backward_rows(ctx, dy8, gather_sum, gather_slots)
+            pow2 = ctx.config.pow2_scales
+
+            def cast_dy() -> FP8Tensor:
+                return FP8Tensor(*cast_per_token(dy.contiguous(), pow2))
+
+            dx, dp, dw13, dw2 = backward_rows(ctx, cast_dy, gather_sum, gather_slots)
             dx = None if dx is None else dx.to(ctx.x_dtype)
         return dx, None, dp, dw13, dw2, None, None, None
 
@@ -88,7 +96,7 @@ def forward_rows(
     w13: Tensor,
     w2: Tensor,
     config: FP8Config,
-    x_dtype: torch.dtype,
+    kept_x: tuple[Tensor, Tensor | None],
     grad: bool,
 ) -> Tensor:
     """The fused path from tokens that are FP8 already to one output row per slot, unsummed.
@@ -97,6 +105,7 @@ def forward_rows(
         ctx: of an autograd Function whose first five arguments are x, topk_ids, topk_weights, w13
             and w2; what `backward_rows` needs is saved there.
         x8: (T, H) per_token; topk_weights (T, K) float32; p the permutation of the T x K slots.
+        kept_x: what backward gets x from: x8, or (x, None) to cast x again.
 
     Returns: (Rcap, H) BF16 in the order of p.
     """
@@ -109,7 +118,14 @@ def forward_rows(
     xp8 = FP8Tensor(*permute_fp8(*x8, p.row_of_slot, p.slot_of_row))
     h = m_grouped_gemm_nt(xp8, w13_8, p.group_ends)
     del xp8
-    a8 = FP8Tensor(*swiglu_cast(h, topk_weights, p.slot_of_row, pow2))
+    none = (None, None)
+    saved_h: Any = (h, None) if config.save == "bf16" else none
+    if config.save == "fp8" and (need_da or need_w2):
+        a_data, a_scale, *saved_h = swiglu_cast_both(h, topk_weights, p.slot_of_row, pow2)
+        a8 = FP8Tensor(a_data, a_scale)
+    else:
+        a8 = FP8Tensor(*swiglu_cast(h, topk_weights, p.slot_of_row, pow2))
+    del h
     rows = m_grouped_gemm_nt(a8, w2_8, p.group_ends)
     report("x", x8)
     report("w13", w13_8)
@@ -117,21 +133,19 @@ def forward_rows(
     report("w2", w2_8)
 
     if need_da or need_w2:
-        none = (None, None)
-        recompute = config.save == "recompute"
-        saved_h: Any = (h, None)
         if config.save == "fp8":
-            saved_h = compress(h, p.row_of_slot, config)
+            report("h", FP8Tensor(*saved_h), p.row_of_slot)
+        recompute = config.save == "recompute"
         ctx.save_for_backward(
-            *(x8 if need_w13 or recompute else none),
-            *(none if recompute else saved_h),
+            *(kept_x if need_w13 or recompute else none),
+            *saved_h,
             topk_weights,
             *p[:3],
             *(hold(w13, w13_t) if need_x else none),
             *(hold(w2, w2_t) if need_da else none),
             *(hold(w13, w13_8 if cache else None) if recompute else none),
         )
-        ctx.config, ctx.x_dtype = config, x_dtype
+        ctx.config = config
         ctx.w13, ctx.w2 = owner(w13), owner(w2)
         ctx.w13_dtype, ctx.w2_dtype = w13.dtype, w2.dtype
     return rows
@@ -139,15 +153,15 @@ def forward_rows(
 
 def backward_rows(
     ctx: Any,
-    dy8: FP8Tensor,
+    take_dy: Callable[[], FP8Tensor],
     sum_rows: Callable[[Tensor, Tensor], Any],
     take_slots: Callable[[Tensor, Tensor], Any],
 ) -> tuple[Any, Any, Tensor | None, Tensor | None]:
-    """The gradients that ctx.needs_input_grad asks for, from dy in FP8, one row per token.
+    """The gradients that ctx.needs_input_grad asks for, from dy in FP8.
 
     Args:
         ctx: what `forward_rows` left.
-        dy8: (T, H) per_token.
+        take_dy: gives dy, (T, H) per_token; called after what does not need it.
         sum_rows: makes dx of the permuted rows (Rcap, H) and row_of_slot. Called before the weight
             gradients: if it only starts something, they run meanwhile.
         take_slots: makes the gradient of topk_weights of its partial sums and row_of_slot,
@@ -161,18 +175,23 @@ def backward_rows(
     config: FP8Config = ctx.config
     need_x, _, need_p, need_w13, need_w2 = ctx.needs_input_grad[:5]
     pow2, pow2_w, topk = config.pow2_scales, config.pow2_weight_scales, row_of_slot.shape[1]
-    if x_data is not None:
-        x8 = restore(x_data, x_scale)
+
+    def cast_x() -> FP8Tensor:
+        if x_scale is not None:
+            return restore(x_data, x_scale)
+        return FP8Tensor(*cast_per_token(x_data, pow2))
 
     if config.save == "recompute":
         w13_8 = held(*held_w[4:], pow2=pow2_w, transposed=False)
+        x8 = cast_x()
         xp8 = FP8Tensor(*permute_fp8(*x8, row_of_slot, slot_of_row))
         h = m_grouped_gemm_nt(xp8, w13_8, ends)
         del xp8
     elif h_scale is not None:
-        h = expand(restore(h, h_scale), config)
+        h, h_scale = restore(h, h_scale)
 
     # dy's rows for dgrad and its columns for wgrad, each only if asked for.
+    dy8 = take_dy()
     report("dy", dy8)
     need_da = need_x or need_p or need_w13
     if need_da and need_w2:
@@ -190,9 +209,9 @@ def backward_rows(
         # Only dw2 is asked for: the pass below makes (p a)^T, which does not depend on da.
         da = torch.zeros((h.shape[0], h.shape[1] // 2), dtype=torch.bfloat16, device=h.device)
     *dh8, dh_data_t, dh_scale_t, a_data_t, a_scale_t, dprob = swiglu_backward_cast(
-        h, da, weights, slot_of_row, pow2
+        h, h_scale, da, weights, slot_of_row, pow2
     )
-    del h, da
+    del h, h_scale, da
     dh = FP8Tensor(*dh8)
     if need_da:
         report("dh", dh, row_of_slot)
@@ -207,6 +226,8 @@ def backward_rows(
         dw2 = fp8_wgrad(dy_t, FP8Tensor(a_data_t, a_scale_t), ends, ctx.w2, ctx.w2_dtype)
         del dy_t
     if need_w13:
+        if config.save != "recompute":
+            x8 = cast_x()
         x_t = FP8Tensor(*permute_fp8_to_channel(*x8, slot_of_row, topk, pow2))
         dh_t = FP8Tensor(dh_data_t, dh_scale_t)
         dw13 = fp8_wgrad(dh_t, x_t, ends, ctx.w13, ctx.w13_dtype)

@@ -10,12 +10,14 @@ from fp8moe.kernels import jit, launch, reference, registry
 from fp8moe.kernels.arguments import (
     check_aligned,
     check_multiple,
+    check_scale,
     check_slot_of_row,
     check_tensor,
 )
 from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, ceil_div, empty_scale
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 Backward = tuple[
     torch.Tensor,
     torch.Tensor,
@@ -37,41 +39,62 @@ BACKWARD_SMEM = 3 * BLOCK * BLOCK * 2
 
 
 def _check(
-    h: torch.Tensor, topk_weights: torch.Tensor, slot_of_row: torch.Tensor, columns: int
+    h: torch.Tensor,
+    topk_weights: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    columns: int,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     check_slot_of_row(slot_of_row, h.device)
-    check_tensor("h", h, (slot_of_row.shape[0], 2 * columns), (torch.bfloat16,))
+    check_tensor("h", h, (slot_of_row.shape[0], 2 * columns), (dtype,))
     check_multiple("h: I", columns, BLOCK)
     check_tensor("topk_weights", topk_weights, (None, None), (torch.float32,), h.device)
 
 
-def _forward_spec(pow2: bool) -> jit.KernelSpec:
-    return jit.KernelSpec("swiglu.cuh", "swiglu_cast", (("POW2", int(pow2)),))
+def _forward_spec(pow2: bool, with_h: bool) -> jit.KernelSpec:
+    constants = (("POW2", int(pow2)), ("WITH_H", int(with_h)))
+    return jit.KernelSpec("swiglu.cuh", "swiglu_cast", constants)
 
 
-def _backward_spec(pow2: bool) -> jit.KernelSpec:
-    return jit.KernelSpec("swiglu_backward.cuh", "swiglu_backward_cast", (("POW2", int(pow2)),))
-
-
-@functools.cache
-def _forward_kernel(pow2: bool) -> launch.Kernel:
-    return jit.load(_forward_spec(pow2))
+def _backward_spec(pow2: bool, h_fp8: bool) -> jit.KernelSpec:
+    constants = (("POW2", int(pow2)), ("H_FP8", int(h_fp8)))
+    return jit.KernelSpec("swiglu_backward.cuh", "swiglu_backward_cast", constants)
 
 
 @functools.cache
-def _backward_kernel(pow2: bool) -> launch.Kernel:
-    return jit.load(_backward_spec(pow2))
+def _forward_kernel(pow2: bool, with_h: bool) -> launch.Kernel:
+    return jit.load(_forward_spec(pow2, with_h))
+
+
+@functools.cache
+def _backward_kernel(pow2: bool, h_fp8: bool) -> launch.Kernel:
+    return jit.load(_backward_spec(pow2, h_fp8))
 
 
 def kernel_specs() -> list[jit.KernelSpec]:
     """Every kernel configuration that this module can launch."""
-    return [spec(pow2) for spec in (_forward_spec, _backward_spec) for pow2 in (False, True)]
+    return [
+        spec(pow2, h_fp8)
+        for spec in (_forward_spec, _backward_spec)
+        for pow2 in (False, True)
+        for h_fp8 in (False, True)
+    ]
 
 
 def _forward_cuda(
     h: torch.Tensor, topk_weights: torch.Tensor, slot_of_row: torch.Tensor, pow2: bool
 ) -> Pair:
-    return _launch_forward(h, topk_weights, slot_of_row, pow2, None)
+    out = _forward_fake(h, topk_weights, slot_of_row, pow2)
+    _launch_forward(h, topk_weights, slot_of_row, pow2, out, None, None)
+    return out
+
+
+def _both_cuda(
+    h: torch.Tensor, topk_weights: torch.Tensor, slot_of_row: torch.Tensor, pow2: bool
+) -> Four:
+    out = _both_fake(h, topk_weights, slot_of_row, pow2)
+    _launch_forward(h, topk_weights, slot_of_row, pow2, out[:2], out[2:], None)
+    return out
 
 
 def _launch_forward(
@@ -79,20 +102,33 @@ def _launch_forward(
     topk_weights: torch.Tensor,
     slot_of_row: torch.Tensor,
     pow2: bool,
+    out: Pair,
+    h_out: Pair | None,
     aw_rounded: torch.Tensor | None,
-) -> Pair:
-    """`swiglu_cast`; also writes the rounded activation to `aw_rounded` (Rcap, I) if given."""
-    data, scale = _forward_fake(h, topk_weights, slot_of_row, pow2)
+) -> None:
+    """Writes the casts to `out` and `h_out`, and the activation itself to `aw_rounded` if given."""
+    data, scale = out
     capacity, columns = data.shape
     if columns == 0:
-        return data, scale
+        return
     check_aligned(h=h, slot_of_row=slot_of_row)
-    _forward_kernel(pow2)(
+    _forward_kernel(pow2, h_out is not None)(
         (columns // BLOCK, capacity // FORWARD_ROWS),
         FORWARD_THREADS,
-        (h, topk_weights, slot_of_row, columns, data, scale, scale.stride(1), aw_rounded),
+        (
+            h,
+            topk_weights,
+            slot_of_row,
+            columns,
+            data,
+            scale,
+            scale.stride(1),
+            h_out[0] if h_out else None,
+            h_out[1] if h_out else None,
+            h_out[1].stride(1) if h_out else 0,
+            aw_rounded,
+        ),
     )
-    return data, scale
 
 
 def _forward_fake(
@@ -105,18 +141,31 @@ def _forward_fake(
     )
 
 
+def _both_fake(
+    h: torch.Tensor, topk_weights: torch.Tensor, slot_of_row: torch.Tensor, pow2: bool
+) -> Four:
+    capacity, columns = h.shape
+    return (
+        *_forward_fake(h, topk_weights, slot_of_row, pow2),
+        h.new_empty((capacity, columns), dtype=FP8_DTYPE),
+        empty_scale(capacity, ceil_div(columns, BLOCK), h.device),
+    )
+
+
 def _backward_cuda(
     h: torch.Tensor,
+    h_scale: torch.Tensor | None,
     da: torch.Tensor,
     topk_weights: torch.Tensor,
     slot_of_row: torch.Tensor,
     pow2: bool,
 ) -> Backward:
-    return _launch_backward(h, da, topk_weights, slot_of_row, pow2, None, None)
+    return _launch_backward(h, h_scale, da, topk_weights, slot_of_row, pow2, None, None)
 
 
 def _launch_backward(
     h: torch.Tensor,
+    h_scale: torch.Tensor | None,
     da: torch.Tensor,
     topk_weights: torch.Tensor,
     slot_of_row: torch.Tensor,
@@ -125,17 +174,19 @@ def _launch_backward(
     aw_rounded: torch.Tensor | None,
 ) -> Backward:
     """`swiglu_backward_cast`; also writes the rounded dh (Rcap, 2I) and aw (Rcap, I) if given."""
-    out = _backward_fake(h, da, topk_weights, slot_of_row, pow2)
+    out = _backward_fake(h, h_scale, da, topk_weights, slot_of_row, pow2)
     dh, dh_scale, dh_t, dh_t_scale, aw_t, aw_t_scale, dprob_partial = out
     capacity, columns = da.shape
     if columns == 0:
         return out
     check_aligned(h=h, da=da, slot_of_row=slot_of_row)
-    _backward_kernel(pow2)(
+    _backward_kernel(pow2, h_scale is not None)(
         (BACKWARD_PANEL, columns // BLOCK, ceil_div(capacity // BLOCK, BACKWARD_PANEL)),
         BACKWARD_THREADS,
         (
             h,
+            h_scale,
+            h_scale.stride(1) if h_scale is not None else 0,
             da,
             topk_weights,
             slot_of_row,
@@ -161,6 +212,7 @@ def _launch_backward(
 
 def _backward_fake(
     h: torch.Tensor,
+    h_scale: torch.Tensor | None,
     da: torch.Tensor,
     topk_weights: torch.Tensor,
     slot_of_row: torch.Tensor,
@@ -186,8 +238,16 @@ _swiglu_cast = registry.define_op(
     cuda=_forward_cuda,
     fake=_forward_fake,
 )
+_swiglu_cast_both = registry.define_op(
+    "swiglu_cast_both(Tensor h, Tensor topk_weights, Tensor slot_of_row, bool pow2)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=reference.swiglu_cast_both,
+    cuda=_both_cuda,
+    fake=_both_fake,
+)
 _swiglu_backward_cast = registry.define_op(
-    "swiglu_backward_cast(Tensor h, Tensor da, Tensor topk_weights, Tensor slot_of_row, bool pow2)"
+    "swiglu_backward_cast(Tensor h, Tensor? h_scale, Tensor da, Tensor topk_weights,"
+    " Tensor slot_of_row, bool pow2)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=reference.swiglu_backward_cast,
     cuda=_backward_cuda,
@@ -217,8 +277,25 @@ def swiglu_cast(
     return _swiglu_cast(h, topk_weights, slot_of_row, pow2)
 
 
+def swiglu_cast_both(
+    h: torch.Tensor, topk_weights: torch.Tensor, slot_of_row: torch.Tensor, pow2: bool
+) -> Four:
+    """swiglu_cast(h) and cast_per_token(h), reading h once.
+
+    Args: as for `swiglu_cast`.
+
+    Returns: data (Rcap, I), scale (Rcap, I/128); h (Rcap, 2I) float8_e4m3fn with its scale
+        (Rcap, 2I/128). Padding has zero data and the floor scale.
+
+    Raises: ValueError: wrong shape, dtype, device or stride.
+    """
+    _check(h, topk_weights, slot_of_row, h.shape[-1] // 2)
+    return _swiglu_cast_both(h, topk_weights, slot_of_row, pow2)
+
+
 def swiglu_backward_cast(
     h: torch.Tensor,
+    h_scale: torch.Tensor | None,
     da: torch.Tensor,
     topk_weights: torch.Tensor,
     slot_of_row: torch.Tensor,
@@ -229,7 +306,9 @@ def swiglu_backward_cast(
     FP32 arithmetic; dh and aw are rounded to bfloat16 before the casts.
 
     Args:
-        h: (Rcap, 2I) bfloat16, contiguous, the input of `swiglu_cast`, I a multiple of 128.
+        h: (Rcap, 2I) contiguous, I a multiple of 128: the input of `swiglu_cast` in bfloat16, or
+            what `swiglu_cast_both` made of it, float8_e4m3fn.
+        h_scale: (Rcap, 2I/128) float32, MN-major, for h in FP8; None for bfloat16.
         da: (Rcap, I) bfloat16, contiguous, gradient of the unweighted activation's consumer.
         topk_weights: (T, K) float32, contiguous.
         slot_of_row: (Rcap,) int32 from `route`.
@@ -245,6 +324,9 @@ def swiglu_backward_cast(
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
     check_tensor("da", da, (None, None), (torch.bfloat16,), h.device)
-    _check(h, topk_weights, slot_of_row, da.shape[1])
+    dtype = torch.bfloat16 if h_scale is None else FP8_DTYPE
+    _check(h, topk_weights, slot_of_row, da.shape[1], dtype)
+    if h_scale is not None:
+        check_scale("h_scale", h_scale, h)
     check_tensor("da", da, (slot_of_row.shape[0], da.shape[1]), (torch.bfloat16,))
-    return _swiglu_backward_cast(h, da, topk_weights, slot_of_row, pow2)
+    return _swiglu_backward_cast(h, h_scale, da, topk_weights, slot_of_row, pow2)

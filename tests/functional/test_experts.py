@@ -141,7 +141,7 @@ def test_gates_catch_planted_errors(make_layer, error, caught):
 # ---------------------------------------------------------------------- against the dataflow itself
 
 
-def emulate(layer, pow2=True):
+def emulate(layer, save="bf16", pow2=True):
     """The layer's dataflow in FP64 on dequantized operands: every cast, every BF16 rounding.
 
     Written apart from the package: one expert after the other, no permutation, no kernels but the
@@ -165,11 +165,15 @@ def emulate(layer, pow2=True):
         if len(token) == 0:
             continue
         p = layer.weights[token, k, None].double()
-        gate, up = (x[token] @ w13[e].t()).bfloat16().double().chunk(2, dim=1)
+        h = (x[token] @ w13[e].t()).bfloat16()
+        gate, up = h.double().chunk(2, dim=1)
+        weighted = (p * gate * gate.sigmoid() * up).bfloat16()
+        y.index_add_(0, token, (rows8(weighted) @ w2[e].t()).bfloat16().double())
+
+        gate, up = (rows8(h) if save == "fp8" else h.double()).chunk(2, dim=1)
         sigmoid = gate.sigmoid()
         a = gate * sigmoid * up
         weighted = (p * a).bfloat16()
-        y.index_add_(0, token, (rows8(weighted) @ w2[e].t()).bfloat16().double())
         da = (dy[token] @ w2[e]).bfloat16().double()
         dgate = p * da * up * sigmoid * (1 + gate * (1 - sigmoid))
         dh = torch.cat([dgate, p * da * gate * sigmoid], dim=1).bfloat16()
@@ -180,16 +184,21 @@ def emulate(layer, pow2=True):
     return y, dx, dprob, dw13, dw2
 
 
+@pytest.mark.parametrize("save", ["bf16", "fp8"])
 @pytest.mark.parametrize("shape", ["uniform", "dropped slots", "wider"])
-def test_follows_its_dataflow_closely(make_layer, shape):
+def test_follows_its_dataflow_closely(make_layer, shape, save):
     """45 dB leaves room for BF16 roundings that FP32 sums tip over, and for nothing else."""
     layer = make_layer(**SHAPES[shape])
-    result = layer.run()
-    db = [testing.sqnr_db(a, b) for a, b in zip(result, emulate(layer), strict=True)]
+    result, emulated = layer.run(FP8Config(save=save)), emulate(layer, save)
+    db = [testing.sqnr_db(a, b) for a, b in zip(result, emulated, strict=True)]
     assert min(db) > 45, dict(zip(result._fields, db, strict=True))
-    # Negative control: FP32 scales alone, an error far below quantization, would be seen.
-    other = layer.run(FP8Config(pow2_scales=False))
-    assert max(testing.sqnr_db(a, b) for a, b in zip(other, emulate(layer), strict=True)) < 35
+    # Negative controls: FP32 scales alone, an error far below quantization, would be seen; and
+    # backward from the other kind of h.
+    other = layer.run(FP8Config(save=save, pow2_scales=False))
+    assert max(testing.sqnr_db(a, b) for a, b in zip(other, emulated, strict=True)) < 35
+    other = layer.run(FP8Config(save="fp8" if save == "bf16" else "bf16"))
+    db = [testing.sqnr_db(a, b) for a, b in zip(other, emulated, strict=True)]
+    assert db[0] > 45 and max(db[1:]) < 35
 
 
 def test_recompute_and_no_cache_are_bit_equal_to_saving(make_layer):

@@ -241,7 +241,7 @@ def test_no_grad_prepares_nothing_for_backward(make_layer):
 
 @pytest.mark.parametrize("save", ["bf16", "fp8", "recompute"])
 def test_what_is_saved(make_layer, save):
-    """x in FP8 at T rows; h as configured; no activation, no permuted copy."""
+    """x in FP8, or just the caller's; h as configured; no activation, no permuted copy."""
     layer = make_layer(tokens=1024, experts=2)
     saved = []
 
@@ -250,12 +250,26 @@ def test_what_is_saved(make_layer, save):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        layer.forward(*layer.leaves(), FP8Config(save=save))
+        leaves = layer.leaves()
+        layer.forward(*leaves, FP8Config(save=save))
     rows = 1024 * 2 // 128 * 128 + 128
     activations = {(tuple(t.shape), t.dtype) for t in saved if t.dim() == 2 and t.shape[1] >= 128}
     fp8 = torch.float8_e4m3fn
     h = {"bf16": {((rows, 256), torch.bfloat16)}, "fp8": {((rows, 256), fp8)}, "recompute": set()}
-    assert activations == {((1024, 256), fp8)} | h[save]
+    x = ((1024, 256), fp8 if save == "bf16" else layer.x.dtype)
+    assert activations == {x} | h[save]
+    assert any(t.data_ptr() == leaves[0].data_ptr() for t in saved) == (save != "bf16")
+
+
+@pytest.mark.parametrize("save", ["fp8", "recompute"])
+def test_changing_x_before_backward_is_refused(make_layer, save):
+    layer = make_layer()
+    x, *others = layer.leaves()
+    x = x.clone()  # a leaf that requires a gradient could not be changed at all
+    y = layer.forward(x, *others, FP8Config(save=save))
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(layer.dy)
 
 
 # --------------------------------------------------------------------- autocast and checkpointing
@@ -345,7 +359,7 @@ def test_saved_tensors_may_come_back_with_other_strides(make_layer, config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["recompute", "no cache", "bf16"])
+@pytest.mark.parametrize("name", ["fp8 saved", "recompute", "no cache", "bf16"])
 def test_compiles_as_one_graph(make_layer, name):
     layer = make_layer()
     config = CONFIGS[name]

@@ -46,7 +46,7 @@ def fp8_layer(x, ids, weights, w13, w2, dy, pow2: bool) -> dict[str, torch.Tenso
     dyp, dyp_scale, dyt, dyt_scale = ops.permute_fp8_both(*dy8, slot_of_row, topk, pow2)
     ops.m_grouped_gemm_nt(dyp, dyp_scale, w2_t, w2_t_scale, ends, da)
     dh, dh_scale, dht, dht_scale, awt, awt_scale, partial = ops.swiglu_backward_cast(
-        h, da, weights, slot_of_row, pow2
+        h, None, da, weights, slot_of_row, pow2
     )
     dw2, dw13 = torch.empty(w2.shape), torch.empty(w13.shape)
     ops.k_grouped_gemm(dyt, dyt_scale, awt, awt_scale, ends, dw2, False)

@@ -84,7 +84,7 @@ def test_casts_are_the_casts_of_the_rows(width: int, pow2: bool) -> None:
     dh, aw, partial = reference.swiglu_backward_rows(h, da, weights, slot_of_row)
 
     forward = quant.FP8Tensor(*reference.swiglu_cast(h, weights, slot_of_row, pow2))
-    out = reference.swiglu_backward_cast(h, da, weights, slot_of_row, pow2)
+    out = reference.swiglu_backward_cast(h, None, da, weights, slot_of_row, pow2)
     for got, expected in (
         (forward, quant.per_token(aw, pow2=pow2)),
         (out[0:2], quant.per_token(dh, pow2=pow2)),
@@ -104,14 +104,38 @@ def test_casts_are_the_casts_of_the_rows(width: int, pow2: bool) -> None:
     assert torch.equal(out[6][:, :used], partial[:, :used])
 
 
+@pytest.mark.parametrize("pow2", [False, True])
+def test_h_in_fp8(pow2: bool) -> None:
+    h, da, weights, slot_of_row = inputs(256)
+    used = int((slot_of_row != -2).sum())
+    data, scale, *h8 = reference.swiglu_cast_both(h, weights, slot_of_row, pow2)
+    alone = reference.swiglu_cast(h, weights, slot_of_row, pow2)
+    assert testing.same_bits(data[:used], alone[0][:used])
+    assert testing.same_bits(scale[:used], alone[1][:used])
+    zeroed = h.masked_fill((slot_of_row < 0)[:, None], 0.0)
+    for got, expected in zip(h8, reference.cast_per_token(zeroed, pow2), strict=True):
+        assert testing.same_bits(got[:used], expected[:used])
+
+    # Backward from FP8 is backward from the values that FP8 stands for.
+    out = reference.swiglu_backward_cast(*h8, da, weights, slot_of_row, pow2)
+    values = quant.dequantize(quant.FP8Tensor(*h8))
+    expected = reference.swiglu_backward_cast(values, None, da, weights, slot_of_row, pow2)
+    rounded = reference.swiglu_backward_cast(h, None, da, weights, slot_of_row, pow2)
+    for at, (got, wanted) in enumerate(zip(out, expected, strict=True)):
+        columns = got.shape[1] if at < 2 else used // 128 if at in (3, 5) else used
+        rows = used if at < 2 else got.shape[0]
+        assert testing.same_bits(got[:rows, :columns], wanted[:rows, :columns]), at
+    assert not testing.same_bits(out[0][:used], rounded[0][:used])
+
+
 def test_rows_are_independent_of_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     from fp8moe.kernels.reference import cast
 
     h, da, weights, slot_of_row = inputs(128)
     used = int((slot_of_row != -2).sum())
-    whole = reference.swiglu_backward_cast(h, da, weights, slot_of_row, True)
+    whole = reference.swiglu_backward_cast(h, None, da, weights, slot_of_row, True)
     monkeypatch.setattr(cast, "CHUNK_ELEMENTS", 1)
-    pieces = reference.swiglu_backward_cast(h, da, weights, slot_of_row, True)
+    pieces = reference.swiglu_backward_cast(h, None, da, weights, slot_of_row, True)
     for i, (a, b) in enumerate(zip(whole, pieces, strict=True)):
         if a.element_size() == 1:
             a, b = a.view(torch.uint8), b.view(torch.uint8)
@@ -126,7 +150,7 @@ def test_a_non_finite_gradient_stays_visible() -> None:
     h, da, weights, slot_of_row = inputs(128)
     row = int((slot_of_row >= 0).nonzero()[3])
     da[row, 5] = torch.inf
-    out = reference.swiglu_backward_cast(h, da, weights, slot_of_row, True)
+    out = reference.swiglu_backward_cast(h, None, da, weights, slot_of_row, True)
     assert out[1][row].isnan().all()
     assert out[3][[5, 133], row // 128].isnan().all()
     assert not out[6][:, row].isfinite().all()

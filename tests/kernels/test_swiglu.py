@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fp8moe import testing
 from fp8moe.kernels import reference, swiglu
-from fp8moe.kernels.fp8tensor import AMAX_FLOOR, FP8_DTYPE, ceil_div, empty_scale
+from fp8moe.kernels.fp8tensor import AMAX_FLOOR, FP8_DTYPE, FP8Tensor, ceil_div, empty_scale
 from fp8moe.kernels.reference.cast import cast_rows_per_channel
 
 Tensors = tuple[torch.Tensor, ...]
@@ -42,9 +43,16 @@ class Case:
         self.h[self.slots < 0] = float("nan")
         self.da[self.slots < 0] = float("inf")
 
-    def exact(self) -> Tensors:
+    def in_fp8(self, pow2: bool) -> FP8Tensor:
+        """h as swiglu_cast_both saves it; scales of padding rows NaN, which nothing may read."""
+        h8 = FP8Tensor(*reference.swiglu_cast_both(self.h, self.weights, self.slots, pow2)[2:])
+        h8.scale[self.slots < 0] = float("nan")
+        return h8
+
+    def exact(self, h8: FP8Tensor | None = None) -> Tensors:
         """dh, aw, dprob_partial and the scale of dg's cancelling terms in FP64, padding zero."""
-        g, u = self.h.double().nan_to_num(0.0, 0.0, 0.0).chunk(2, dim=1)
+        h = self.h.double() if h8 is None else testing.exact(h8)
+        g, u = h.nan_to_num(0.0, 0.0, 0.0).chunk(2, dim=1)
         da = self.da.double().nan_to_num(0.0, 0.0, 0.0)
         p = self.weights.double().view(-1)[self.slots.clamp_min(0).long()][:, None]
         p[self.slots < 0] = 0
@@ -64,15 +72,22 @@ class Case:
         if device.type == "cuda":
             args = tuple(t.to(device) for t in args)
             rounded = rounded.to(device).fill_(float("nan"))
-            return (*swiglu._launch_forward(*args, pow2, rounded), rounded)
+            out = swiglu._forward_fake(*args, pow2)
+            swiglu._launch_forward(*args, pow2, out, None, rounded)
+            return (*out, rounded)
         return (*swiglu.swiglu_cast(*args, pow2), rounded)
 
-    def backward(self, device: torch.device, pow2: bool) -> Tensors:
+    def backward(self, device: torch.device, pow2: bool, h8: FP8Tensor | None = None) -> Tensors:
         """The seven outputs, rounded dh and rounded aw."""
-        args = (self.h, self.da, self.weights, self.slots)
-        dh, aw, _ = reference.swiglu_backward_rows(*args)
+        rest = (self.da, self.weights, self.slots)
+        h, scale = (self.h, None) if h8 is None else h8
+        values = h if h8 is None else reference.dequantize_per_token(*h8)
+        dh, aw, _ = reference.swiglu_backward_rows(values, *rest)
+        args = (h, scale, *rest)
         if device.type == "cuda":
-            args = tuple(t.to(device) for t in args)
+            args = tuple(t if t is None else t.to(device) for t in args)
+            if scale is not None:  # the copy's strides are not those of the original
+                args = (args[0], empty_scale(*scale.shape, device).copy_(scale), *args[2:])
             dh, aw = (t.to(device).fill_(float("nan")) for t in (dh, aw))
             return (*swiglu._launch_backward(*args, pow2, dh, aw), dh, aw)
         return (*swiglu.swiglu_backward_cast(*args, pow2), dh, aw)
@@ -152,6 +167,37 @@ def test_backward(device: torch.device, shape: tuple[int, ...], pow2: bool) -> N
     assert_casts(case, out, pow2)
     error = (out[6][:, :used].cpu().double() - partial[:, :used]).abs()
     assert bool((error <= 1e-5 * sizes[:, :used]).all())
+
+
+@shapes
+@pow2s
+def test_h_is_cast_along(device: torch.device, shape: tuple[int, ...], pow2: bool) -> None:
+    case = Case(shape)
+    args = tuple(t.to(device) for t in (case.h, case.weights, case.slots))
+    out = swiglu.swiglu_cast_both(*args, pow2)
+    for name, got, wanted in zip("as", out, swiglu.swiglu_cast(*args, pow2), strict=False):
+        assert_bits(name, got[: case.used], wanted[: case.used].cpu())
+    zeroed = case.h.masked_fill((case.slots < 0)[:, None], 0.0)
+    assert_per_token("h", zeroed[: case.used], out[2:], pow2)
+    assert out[3].stride() == empty_scale(*out[3].shape).stride()
+
+
+@shapes
+@pow2s
+def test_backward_from_fp8(device: torch.device, shape: tuple[int, ...], pow2: bool) -> None:
+    case = Case(shape)
+    h8, used = case.in_fp8(pow2), case.used
+    out = case.backward(device, pow2, h8)
+    dh, aw, partial, sizes, terms = case.exact(h8)
+    assert_close("dh", out[7][:used], dh[:used], CANCELLATION * terms[:used])
+    assert_close("aw", out[8][:used], aw[:used])
+    assert_casts(case, out, pow2)
+    error = (out[6][:, :used].cpu().double() - partial[:, :used]).abs()
+    assert bool((error <= 1e-5 * sizes[:, :used]).all())
+    # Negative control: the scales of another row.
+    h8.scale.copy_(h8.scale.roll(1, 0).nan_to_num(1.0))
+    with pytest.raises(AssertionError, match="aw: got"):
+        assert_close("aw", case.backward(device, pow2, h8)[8][:used], 2 * aw[:used])
 
 
 @pow2s
@@ -265,7 +311,12 @@ def test_fake_outputs_match_real_ones() -> None:
     case = Case((50, 2, 3, 256))
     calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
         (swiglu.swiglu_cast, (case.h, case.weights, case.slots, True)),
-        (swiglu.swiglu_backward_cast, (case.h, case.da, case.weights, case.slots, True)),
+        (swiglu.swiglu_cast_both, (case.h, case.weights, case.slots, True)),
+        (
+            swiglu.swiglu_backward_cast,
+            (*case.in_fp8(True), case.da, case.weights, case.slots, True),
+        ),
+        (swiglu.swiglu_backward_cast, (case.h, None, case.da, case.weights, case.slots, True)),
     ]
     for call, args in calls:
         real = call(*args)
@@ -300,17 +351,37 @@ BAD_CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
     "map dtype": (swiglu.swiglu_cast, (H, P, SLOTS.long(), True), "slot_of_row: expected torch.in"),
     "da dtype": (
         swiglu.swiglu_backward_cast,
-        (H, DA.half(), P, SLOTS, True),
+        (H, None, DA.half(), P, SLOTS, True),
         "da: expected torch.",
     ),
     "da width": (
         swiglu.swiglu_backward_cast,
-        (H, DA[:, :64].contiguous(), P, SLOTS, True),
+        (H, None, DA[:, :64].contiguous(), P, SLOTS, True),
         r"h: expected shape \(128, 128\), got \(128, 256\)",
+    ),
+    "h is not FP8": (
+        swiglu.swiglu_backward_cast,
+        (H, torch.ones(128, 2), DA, P, SLOTS, True),
+        "h: expected torch.float8_e4m3fn, got torch.bfloat16",
+    ),
+    "h has no scale": (
+        swiglu.swiglu_backward_cast,
+        (H.to(FP8_DTYPE), None, DA, P, SLOTS, True),
+        "h: expected torch.bfloat16, got torch.float8_e4m3fn",
+    ),
+    "h scale": (
+        swiglu.swiglu_backward_cast,
+        (H.to(FP8_DTYPE), torch.ones(128, 1), DA, P, SLOTS, True),
+        r"h_scale: expected \(128, 2\) for data \(128, 256\), got \(128, 1\)",
+    ),
+    "h scale stride": (
+        swiglu.swiglu_backward_cast,
+        (H.to(FP8_DTYPE), torch.ones(128, 2), DA, P, SLOTS, True),
+        "h_scale: expected an MN-major scale",
     ),
     "da rows": (
         swiglu.swiglu_backward_cast,
-        (H, DA[:64], P, SLOTS, True),
+        (H, None, DA[:64], P, SLOTS, True),
         r"da: expected shape \(128, 128\), got \(64, 128\)",
     ),
 }

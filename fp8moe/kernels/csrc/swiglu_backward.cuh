@@ -1,9 +1,10 @@
 // The backward pass of SwiGLU and every cast of its results, from one read of h and da:
 //   dh = [dg | du] per_token and per_channel, aw per_channel, and the routing weight's gradient.
 //
-// Built for POW2 = 0 | 1. A CTA takes a 128 x 128 tile of the activation. Its 96 KB of input go to
-// shared memory by asynchronous copies, so they cost no registers while in flight, and two CTAs share
-// an SM: one computes while the other's copies arrive.
+// Built for POW2 = 0 | 1, and for H_FP8 = 0 | 1: h in bf16, or in E4M3 with one scale per row and 128
+// columns, multiplied out in FP32. A CTA takes a 128 x 128 tile of the activation. Its 96 KB of input
+// (64 with E4M3) go to shared memory by asynchronous copies, so they cost no registers while in flight,
+// and two CTAs share an SM: one computes while the other's copies arrive.
 //   Pass 1, by rows: 16 lanes share a row, a thread has eight columns of four rows and reads only
 //   what it copied itself. It computes dg, du and aw, rounds them to bf16, writes them over g, u and
 //   da in shared memory, and finishes the row casts and the row sums from registers.
@@ -11,6 +12,7 @@
 #include "activation.cuh"
 
 static constexpr bool kPow2 = POW2;
+static constexpr bool kFp8H = H_FP8;
 static constexpr int kThreads = 512;
 static constexpr int kWarps = kThreads / 32;
 static constexpr int kMatrixBytes = kTileRows * kTilePitch;
@@ -23,14 +25,27 @@ struct RowResults {
   float dprob[kTileRows];
 };
 
+// Columns 2j and 2j + 1 of eight columns of h: bf16, or E4M3 in the first eight bytes.
+struct Pair {
+  float value[2];
+};
+__device__ __forceinline__ Pair pair_of(const uint4& eight, int j, float scale) {
+  if constexpr (kFp8H) {
+    u32 halves = e4m3x2_to_f16x2(word_of(eight, j / 2) >> (16 * (j & 1)));
+    return {f16_to_float(halves) * scale, f16_to_float(halves >> 16) * scale};
+  } else {
+    return {bf16_low(word_of(eight, j)), bf16_high(word_of(eight, j))};
+  }
+}
+
 // Pairs of columns: dg, du and aw as packed bf16, and da * a summed into dprob.
-__device__ __forceinline__ void backward_pair(u32 g, u32 u, u32 da, float p, u32& dg, u32& du,
-                                              u32& aw, float& dprob) {
+__device__ __forceinline__ void backward_pair(const Pair& g, const Pair& u, u32 da, float p, u32& dg,
+                                              u32& du, u32& aw, float& dprob) {
   float value[3][2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float gi = i ? bf16_high(g) : bf16_low(g);
-    float ui = i ? bf16_high(u) : bf16_low(u);
+    float gi = g.value[i];
+    float ui = u.value[i];
     float di = i ? bf16_high(da) : bf16_low(da);
     float s = sigmoid(gi);
     float silu = gi * s;
@@ -90,7 +105,20 @@ __device__ __forceinline__ void cast_columns(u8* tile, int matrix, int chunk, u8
   __syncwarp();   // `inverses` may be written again
 }
 
-// h [capacity, 2 * columns], da [capacity, columns]. dh [capacity, 2 * columns] with
+// What belongs to a warp's eight consecutive rows: lanes 0-7 get the routing weights, and with E4M3
+// lanes 8-15 and 16-23 the scales of the gate and up blocks; 0 in padding, whose scales are not read.
+__device__ __forceinline__ float load_row_values(const float* topk_weights, const int* slot_of_row,
+                                                 int warp_row0, const float* gate_scale,
+                                                 const float* up_scale) {
+  if constexpr (!kFp8H) return load_weight(topk_weights, slot_of_row, warp_row0);
+  int row = warp_row0 + (threadIdx.x & 7), kind = (threadIdx.x >> 3) & 3;
+  int slot = __ldg(slot_of_row + row);
+  const float* at = kind == 1 ? gate_scale + row : kind == 2 ? up_scale + row : topk_weights + slot;
+  return slot < 0 ? 0.0f : __ldg(at);
+}
+
+// h [capacity, 2 * columns], with E4M3 h_scale[(column / 128) * h_scale_ld + row]; da [capacity,
+// columns]. dh [capacity, 2 * columns] with
 // dh_scale[(column / 128) * dh_scale_ld + row]; dh_t [2 * columns, capacity] with
 // dh_t_scale[(row / 128) * dh_t_scale_ld + column]; aw_t likewise; dprob_partial [columns / 128,
 // capacity]. dh_rounded and aw_rounded, if not null, receive dh and aw before the casts.
@@ -99,7 +127,8 @@ __device__ __forceinline__ void cast_columns(u8* tile, int matrix, int chunk, u8
 // fastest: rows of h are read, and columns of the transposed outputs written, in neighbouring
 // segments at nearly the same time.
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
-    swiglu_backward_cast(const u16* __restrict__ h, const u16* __restrict__ da,
+    swiglu_backward_cast(const u8* __restrict__ h, const float* __restrict__ h_scale,
+                         int h_scale_ld, const u16* __restrict__ da,
                          const float* __restrict__ topk_weights,
                          const int* __restrict__ slot_of_row, int columns, int capacity,
                          u8* __restrict__ dh, float* __restrict__ dh_scale, int dh_scale_ld,
@@ -123,20 +152,25 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   int column = column_block * 128 + chunk * 8;
   int4 slots = __ldg(reinterpret_cast<const int4*>(slot_of_row + row0 + first));
   if (slots.x == kUnused) return;
-  float weights = load_weight(topk_weights, slot_of_row, row0 + (first & ~7));
+  float row_values = load_row_values(topk_weights, slot_of_row, row0 + (first & ~7),
+                                     h_scale + (i64)column_block * h_scale_ld,
+                                     h_scale + (i64)(column_blocks + column_block) * h_scale_ld);
+  constexpr int kCopy = kFp8H ? 8 : 16;   // bytes of eight columns of h
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     i64 row = row0 + first + i;
-    const u16* gate = h + row * (2 * (i64)columns) + column;
+    const u8* gate = h + (row * (2 * (i64)columns) + column) * (kCopy / 8);
     bool pad = element_of(slots, i) < 0;
-    copy_async_16(chunk_at(tile, kGate, first + i, chunk), gate, pad);
-    copy_async_16(chunk_at(tile, kUp, first + i, chunk), gate + columns, pad);
+    copy_async<kCopy>(chunk_at(tile, kGate, first + i, chunk), gate, pad);
+    copy_async<kCopy>(chunk_at(tile, kUp, first + i, chunk), gate + columns * (kCopy / 8), pad);
     copy_async_16(chunk_at(tile, kDown, first + i, chunk), da + row * columns + column, pad);
     copy_async_commit();
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    float weight = weight_of_row(weights, i);
+    float weight = weight_of_row(row_values, i);
+    float gate_factor = kFp8H ? weight_of_row(row_values, 8 + i) : 1.0f;
+    float up_factor = kFp8H ? weight_of_row(row_values, 16 + i) : 1.0f;
     if (i == 0) copy_async_wait<3>();
     if (i == 1) copy_async_wait<2>();
     if (i == 2) copy_async_wait<1>();
@@ -149,7 +183,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
     float dprob = 0.0f;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      backward_pair(word_of(g, j), word_of(u, j), word_of(d, j), weight, dg[j], du[j], aw[j], dprob);
+      backward_pair(pair_of(g, j, gate_factor), pair_of(u, j, up_factor), word_of(d, j), weight,
+                    dg[j], du[j], aw[j], dprob);
     *chunk_at(tile, kGate, local, chunk) = make_uint4(dg[0], dg[1], dg[2], dg[3]);
     *chunk_at(tile, kUp, local, chunk) = make_uint4(du[0], du[1], du[2], du[3]);
     *chunk_at(tile, kDown, local, chunk) = make_uint4(aw[0], aw[1], aw[2], aw[3]);

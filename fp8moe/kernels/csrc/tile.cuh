@@ -40,6 +40,19 @@ __device__ __forceinline__ void copy_async_16(void* shared, const void* global, 
                "r"(zero ? 0 : 16)
                : "memory");
 }
+// The same for 8 or 16 bytes.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool zero) {
+  static_assert(kBytes == 8 || kBytes == 16, "cp.async copies 4, 8 or 16 bytes");
+  if constexpr (kBytes == 16) {
+    copy_async_16(shared, global, zero);
+  } else {
+    u32 address = (u32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(address), "l"(global),
+                 "r"(zero ? 0 : 8)
+                 : "memory");
+  }
+}
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

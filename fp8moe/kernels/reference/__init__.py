@@ -31,6 +31,7 @@ from fp8moe.kernels.reference.swiglu import (
     swiglu_backward_cast,
     swiglu_backward_rows,
     swiglu_cast,
+    swiglu_cast_both,
     swiglu_rows,
 )
 
@@ -55,6 +56,7 @@ __all__ = [
     "swiglu_backward_cast",
     "swiglu_backward_rows",
     "swiglu_cast",
+    "swiglu_cast_both",
     "swiglu_rows",
     "transpose_per_block",
 ]

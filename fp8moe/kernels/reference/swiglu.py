@@ -13,6 +13,7 @@ from fp8moe.kernels.reference.cast import (
     write_per_channel,
     write_per_token,
 )
+from fp8moe.kernels.reference.dequantize import dequantize_per_token
 from fp8moe.kernels.reference.permute import used_rows
 
 
@@ -84,8 +85,21 @@ def swiglu_cast(
     return out
 
 
+def swiglu_cast_both(
+    h: torch.Tensor, topk_weights: torch.Tensor, slot_of_row: torch.Tensor, pow2: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """swiglu_cast(h), and cast_per_token(h) with zeros in padding."""
+    out = empty_per_token(h.shape[0], h.shape[1], h.device)
+    for at in row_chunks(used_rows(slot_of_row), h.shape[1]):
+        rows = h[at].clone()
+        _zero_padding(slot_of_row[at], rows)
+        write_per_token(rows, pow2, out, at)
+    return *swiglu_cast(h, topk_weights, slot_of_row, pow2), *out
+
+
 def swiglu_backward_cast(
     h: torch.Tensor,
+    h_scale: torch.Tensor | None,
     da: torch.Tensor,
     topk_weights: torch.Tensor,
     slot_of_row: torch.Tensor,
@@ -99,7 +113,7 @@ def swiglu_backward_cast(
     torch.Tensor,
     torch.Tensor,
 ]:
-    """swiglu_backward_rows, then dh cast per token and per channel, aw per channel.
+    """swiglu_backward_rows of h (times h_scale), then dh cast both ways and aw per channel.
 
     Returns:
         dh, dh_scale (per_token); dh_t, dh_t_scale; aw_t, aw_t_scale (per_channel); dprob_partial.
@@ -110,8 +124,9 @@ def swiglu_backward_cast(
     aw_t = empty_per_channel(i, capacity, h.device)
     dprob_partial = torch.empty((ceil_div(i, BLOCK), capacity), device=h.device)
     for at in row_chunks(used_rows(slot_of_row), 2 * i):
+        rows = h[at] if h_scale is None else dequantize_per_token(h[at], h_scale[at])
         dh_rows, aw_rows, dprob_partial[:, at] = swiglu_backward_rows(
-            h[at], da[at], topk_weights, slot_of_row[at]
+            rows, da[at], topk_weights, slot_of_row[at]
         )
         write_per_token(dh_rows, pow2, dh, at)
         write_per_channel(dh_rows, pow2, dh_t, at)

@@ -70,7 +70,8 @@ PTX = {
     ),
     "st.global.cs.u32 [%0], %1;": "emulator::write<unsigned>(%0, %1)",
     "st.global.cs.f32 [%0], %1;": "emulator::write<float>(%0, %1)",
-    "cp.async.cg.shared.global [%0], [%1], 16, %2;": "emulator::copy_async(%0, %1, %2)",
+    "cp.async.cg.shared.global [%0], [%1], 16, %2;": "emulator::copy_async<uint4>(%0, %1, %2)",
+    "cp.async.ca.shared.global [%0], [%1], 8, %2;": "emulator::copy_async<uint2>(%0, %1, %2)",
     "cp.async.commit_group;": "",
     "cp.async.wait_group %0;": "",
 }

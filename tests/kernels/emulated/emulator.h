@@ -274,8 +274,8 @@ inline uint4 read_if(const void* address, int wanted) {
 inline unsigned shared_address(const void* p) {
   return (unsigned)((intptr_t)p - (intptr_t)dynamic_shared);
 }
-inline void copy_async(unsigned shared, const void* global, int bytes) {
-  uint4 value = read_if(global, bytes);
+template <class T> void copy_async(unsigned shared, const void* global, int bytes) {
+  T value = bytes ? read<T>(global) : T{};
   write((char*)dynamic_shared + (int)shared, value);
 }
 

@@ -186,8 +186,9 @@ def test_permute_fp8(emulated: Start, pow2_in: bool, pow2: bool, spread: int) ->
 # ------------------------------------------------------------------------------------------- SwiGLU
 
 
-@pytest.mark.parametrize("pow2", [True, False])
-def test_swiglu(emulated: Start, pow2: bool) -> None:
+@pytest.mark.parametrize("h_fp8", [False, True], ids=["h bf16", "h fp8"])
+@pytest.mark.parametrize("pow2", [True, False], ids=["pow2", "amax"])
+def test_swiglu(emulated: Start, pow2: bool, h_fp8: bool) -> None:
     """The rounded values are within one bf16 step of the reference, their casts the same bits."""
     _, weights, _, slot_of_row, _, _ = routed(70, 2, 3, 0.1)
     capacity, width = len(slot_of_row), 256
@@ -197,15 +198,25 @@ def test_swiglu(emulated: Start, pow2: bool) -> None:
     da[slot_of_row < 0] = math.nan
     emulated(swiglu)
     aw = torch.empty(capacity, width, dtype=torch.bfloat16)
-    data, scale = swiglu._launch_forward(h, weights, slot_of_row, pow2, aw)
+    out = swiglu._both_fake(h, weights, slot_of_row, pow2)
+    data, scale, *h8 = out
+    swiglu._launch_forward(h, weights, slot_of_row, pow2, out[:2], out[2:] if h_fp8 else None, aw)
     expected_aw = reference.swiglu_rows(h, weights, slot_of_row)
     torch.testing.assert_close(aw[:used], expected_aw[:used], rtol=2**-7, atol=1e-6)
     for actual, wanted in zip((data, scale), reference.cast_per_token(aw, pow2), strict=True):
         assert_same(actual[:used], wanted[:used])
+    h_scale = None
+    if h_fp8:
+        wanted_h8 = reference.swiglu_cast_both(h, weights, slot_of_row, pow2)[2:]
+        for actual, wanted in zip(h8, wanted_h8, strict=True):
+            assert_same(actual[:used], wanted[:used])
+        h, h_scale = h8
+        h_scale[slot_of_row < 0] = math.nan  # padding may hold anything here too
 
     dh = torch.empty(capacity, 2 * width, dtype=torch.bfloat16)
-    outs = swiglu._launch_backward(h, da, weights, slot_of_row, pow2, dh, aw)
-    dh_wanted, aw_wanted, dprob = reference.swiglu_backward_rows(h, da, weights, slot_of_row)
+    outs = swiglu._launch_backward(h, h_scale, da, weights, slot_of_row, pow2, dh, aw)
+    values = h if h_scale is None else reference.dequantize_per_token(h, h_scale)
+    dh_wanted, aw_wanted, dprob = reference.swiglu_backward_rows(values, da, weights, slot_of_row)
     torch.testing.assert_close(dh[:used], dh_wanted[:used], rtol=2**-7, atol=1e-5)
     torch.testing.assert_close(aw[:used], aw_wanted[:used], rtol=2**-7, atol=1e-6)
     torch.testing.assert_close(outs[6][:, :used], dprob[:, :used], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,89 @@
+"""Command line of the layer benchmark; see README.md in this folder."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import fp8moe
+from benchmarks import harness
+from benchmarks.layer import parts, peers, plot
+from benchmarks.layer.contenders import CONTENDERS, Layer
+from benchmarks.layer.workload import Shape, parse_shape
+from benchmarks.memory import SHAPES
+
+PARTS = ("time", "kernels", "weights", "skew", "small")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.layer",
+        description="Time, memory and kernels of the expert layer beside a torch BF16 layer.",
+    )
+    parser.add_argument(
+        "--shape", nargs="+", default=list(SHAPES), metavar="SHAPE",
+        help=f"{', '.join(SHAPES)} (default: all), or T,K,E,H,I",
+    )  # fmt: skip
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--layers", nargs="+", choices=[*CONTENDERS], default=[*CONTENDERS], metavar="LAYER",
+        help=f"of {', '.join(CONTENDERS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peers", nargs="*", choices=[*peers.PEERS], default=[], metavar="PEER",
+        help=f"also {', '.join(peers.PEERS)}, where installed",
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda",
+        help="cpu runs the emulation: bytes and memory mean something there, times do not",
+    )  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="append one JSON object per row")
+    parser.add_argument("--plot", metavar="FILE", help="picture of the part 'kernels'")
+    args = parser.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: expected a CUDA GPU, found none")
+    if args.plot and ("kernels" not in args.parts or args.device == "cpu"):
+        parser.error("--plot: expected the part 'kernels' on a GPU")
+    try:
+        args.shape = dict(parse_shape(text) for text in args.shape)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    args = parse(arguments)
+    device = torch.device(args.device)
+    layers: dict[str, Layer] = {name: CONTENDERS[name] for name in args.layers}
+    layers |= {name: peers.load(name) for name in args.peers}
+    effort = parts.QUICK if args.quick else parts.FULL
+    run: dict[str, Callable[[Shape], parts.Rows]] = {
+        "time": lambda s: parts.time_part(s, layers, effort, device),
+        "kernels": lambda s: parts.kernels_part(s, layers, effort, device),
+        "weights": lambda s: parts.weights_part(s, effort, device),
+        "skew": lambda s: parts.skew_part(s, layers, effort, device),
+        "small": lambda s: parts.small_part(s, layers, effort, device),
+    }
+    everything: list[dict[str, Any]] = []
+    for label, shape in args.shape.items():
+        for part in args.parts:
+            rows = [{"part": part, "shape": label, **row} for row in run[part](shape)]
+            print(f"{part}, {label}: {shape}")
+            columns = list(dict.fromkeys(c for row in rows for c in row))[2:]
+            print(harness.table(rows, columns), end="\n\n", flush=True)
+            harness.append_json(args.json, rows)
+            everything += rows
+            fp8moe.clear_weight_cache()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    if args.plot:
+        plot.save(everything, args.plot)
+    return everything
+
+
+if __name__ == "__main__":
+    main()
