@@ -15,7 +15,7 @@ reads them, which is the only host synchronisation. The way back and the whole b
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,9 @@ Combine = Literal["rows", "sums"]
 """What comes back. "rows": every expert's output row, to be summed by the token's owner in the
 order of k, bit for bit as in one process. "sums": one row per token and rank, summed there in FP32
 and rounded to BF16; fewer bytes where a rank has several of a token's experts."""
+
+
+_COMBINE = get_args(Combine)
 
 
 class Splits(NamedTuple):
@@ -149,16 +152,22 @@ class Exchange:
 
     @classmethod
     def plan(
-        cls, topk_ids: Tensor, num_experts: int, group: dist.ProcessGroup, combine: Combine
+        cls,
+        topk_ids: Tensor,
+        num_experts: int,
+        group: dist.ProcessGroup,
+        combine: Combine,
+        **alike: int,
     ) -> Exchange:
         """Which token goes where; exchanges the sizes and reads them on the host.
 
         Args:
             topk_ids: (T, K) int32 or int64, 0 to num_experts, which drops the slot. T may differ
                 from rank to rank and be zero, K may not.
+            alike: what else must be the same on all ranks, by name.
 
-        Raises: ValueError, on every rank alike, for an id out of range on any of them and for a K
-            that is not the same everywhere.
+        Raises: ValueError, on every rank alike, for an id out of range on any of them and for what
+            must be the same and is not.
         """
         self, ranks = cls(), group.size()
         self.group, self.combine = group, combine
@@ -171,15 +180,15 @@ class Exchange:
         self.row_of_slot, self.first_row_of_slot = order.row, order.first_row
         self.position_of_slot = order.position
 
-        same_for_all = torch.stack([bad.sum(), bad.new_full((), topk, dtype=torch.int64)])
-        sent = torch.cat(
-            [torch.stack([order.rows, order.slots], dim=1).long(), same_for_all.expand(ranks, 2)],
-            dim=1,
-        )
+        alike = {"K": topk, "E": num_experts, "combine": _COMBINE.index(combine), **alike}
+        sent = torch.empty((ranks, 3 + len(alike)), dtype=torch.int64, device=ids.device)
+        sent[:, 0], sent[:, 1], sent[:, 2] = order.rows, order.slots, bad.sum()
+        for i, value in enumerate(alike.values()):  # fills: a copy from the host would wait
+            sent[:, 3 + i] = value
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=group)
         to, of = torch.stack([sent, received]).tolist()
-        cls._check(of, num_experts)
+        cls._check(of, num_experts, list(alike))
         self.rows = Splits([r[0] for r in to], [r[0] for r in of])
         self.slots = Splits([r[1] for r in to], [r[1] for r in of])
 
@@ -193,15 +202,18 @@ class Exchange:
         return self
 
     @staticmethod
-    def _check(of: list[list[int]], num_experts: int) -> None:
-        bad = [r for r, (_, _, count, _) in enumerate(of) if count]
+    def _check(of: list[list[int]], num_experts: int, alike: list[str]) -> None:
+        for i, name in enumerate(alike):
+            values = [row[3 + i] for row in of]
+            if len(set(values)) > 1:
+                raise ValueError(
+                    f"{name}: expected the same on all ranks of ep_group, got {values}"
+                )
+        bad = [r for r, row in enumerate(of) if row[2]]
         if bad:
             raise ValueError(
                 f"topk_ids: expected ids 0 to {num_experts}, got others on ranks {bad} of ep_group"
             )
-        topk = [k for _, _, _, k in of]
-        if len(set(topk)) > 1:
-            raise ValueError(f"topk_ids: expected one K on all ranks of ep_group, got {topk}")
 
     def _start(self, sent: Tensor, splits: Splits) -> Pending:
         received = sent.new_empty((sum(splits.of), *sent.shape[1:]))

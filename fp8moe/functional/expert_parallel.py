@@ -201,7 +201,7 @@ def dispatch(
         sent = FP8Tensor(*cast_per_token(x.detach(), config.pow2_scales))
     else:
         sent = x.detach().bfloat16()
-    exchange = Exchange.plan(topk_ids, num_experts, group, combine)
+    exchange = Exchange.plan(topk_ids, num_experts, group, combine, H=x.shape[1], FP8=int(fused))
     return Dispatched(sent, topk_ids, topk_weights, exchange, config)
 
 

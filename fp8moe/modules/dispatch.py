@@ -178,8 +178,10 @@ def mesh_of(ep_group: dist.ProcessGroup | DeviceMesh, device_type: str) -> Devic
         mesh = ep_group
     elif isinstance(ep_group, dist.ProcessGroup):
         backend = dist.get_backend(ep_group)
-        if device_type == "cpu" and backend == "nccl":
-            raise ValueError("ep_group: expected gloo for weights on the CPU, got nccl")
+        if (device_type, backend) in (("cpu", "nccl"), ("cuda", "gloo")):
+            raise ValueError(
+                f"ep_group: expected a backend that moves {device_type} tensors, got {backend}"
+            )
         if device_type == "meta":
             device_type = "cuda" if "nccl" in backend else "cpu"
         mesh = DeviceMesh.from_group(ep_group, device_type)

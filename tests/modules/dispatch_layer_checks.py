@@ -143,12 +143,19 @@ def wrong_arguments_are_raised_on_every_rank(ranks: Ranks) -> None:
     x, ids, weights, *_ = batch("uniform", ranks.device, tokens=8)
     wrong = ids + E if ranks.rank == 1 else ids
     fewer = slice(0, K - 1 if ranks.rank == 1 else K)
+    topk = [K - (rank == 1) for rank in range(ranks.size)]
     for args, message in (
         ((x, wrong, weights), f"topk_ids: expected ids 0 to {E}, got others on ranks [1]"),
-        ((x, ids[:, fewer], weights[:, fewer]), "topk_ids: expected one K on all ranks"),
+        (
+            (x, ids[:, fewer], weights[:, fewer]),
+            f"K: expected the same on all ranks of ep_group, got {topk}",
+        ),
     ):
         with pytest.raises(ValueError, match=message.replace("[", r"\[")):
             dispatch(*args, E, I, config=FP8Config(), group=ranks.group)
+    with pytest.raises(ValueError, match="combine: expected the same on all ranks"):
+        combine: Any = "sums" if ranks.rank else "rows"
+        dispatch(x, ids, weights, E, I, config=FP8Config(), group=ranks.group, combine=combine)
     with pytest.raises(ValueError, match=f"num_experts: expected a multiple of the {ranks.size}"):
         Experts(E + 1, H, I, ep_group=ranks.group, device=ranks.device)
     pair = dist.new_group([0])
