@@ -32,7 +32,6 @@ Combine = Literal["rows", "sums"]
 order of k, bit for bit as in one process. "sums": one row per token and rank, summed there in FP32
 and rounded to BF16; fewer bytes where a rank has several of a token's experts."""
 
-
 _COMBINE = get_args(Combine)
 
 
@@ -119,6 +118,10 @@ def _sum_of_rows(rows: Tensor, index: Tensor) -> Tensor:
     if rows.shape[0] == 0:  # every slot of the batch is dropped, or there is none
         return rows.new_zeros((index.shape[0], rows.shape[1]))
     return gather_sum(rows, index)
+
+
+def _sum_of_words(words: Tensor, index: Tensor) -> Tensor:
+    return _sum_of_rows(words.view(torch.bfloat16), index)
 
 
 def _value_of_slot(values: Tensor, index: Tensor) -> Tensor:
@@ -266,9 +269,7 @@ class Exchange:
             sums = _sum_of_rows(rows, self.permutation.row_of_slot)
             pending = self._start(_words(sums), self.rows.back())
             index = self.first_row_of_slot
-        return Returned(
-            pending, index, lambda got, index: _sum_of_rows(got.view(rows.dtype), index)
-        )
+        return Returned(pending, index, _sum_of_words)
 
     def return_slots(self, values: Tensor) -> Returned:
         """Start sending values (R, K) float32 of the received slots back; gives (T, K)."""
