@@ -45,6 +45,7 @@ Megatron-LM for folding p into the activation and for `main_grad`.
 """
 
 from fp8moe.functional.experts import swiglu_experts
+from fp8moe.functional.frozen import LowRank, frozen_swiglu_experts
 from fp8moe.functional.linear import grouped_linear
 from fp8moe.functional.observe import observe_fp8
 from fp8moe.functional.weight_cache import (
@@ -54,8 +55,10 @@ from fp8moe.functional.weight_cache import (
 )
 
 __all__ = [
+    "LowRank",
     "WeightCacheInfo",
     "clear_weight_cache",
+    "frozen_swiglu_experts",
     "grouped_linear",
     "observe_fp8",
     "swiglu_experts",

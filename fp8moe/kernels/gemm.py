@@ -19,7 +19,7 @@ from fp8moe.kernels.heuristics import Grouping, Output, Problem, Tile
 # ---------------------------------------------------------------------- launch
 
 
-def spec(grouping: Grouping, output: Output, tile: Tile) -> jit.KernelSpec:
+def spec(grouping: Grouping, output: Output, tile: Tile, groups: int) -> jit.KernelSpec:
     """The compiled configuration of ``tile``."""
     block_scales = grouping != Grouping.K_GROUPED
     return jit.KernelSpec(
@@ -31,24 +31,23 @@ def spec(grouping: Grouping, output: Output, tile: Tile) -> jit.KernelSpec:
             ("OUTPUT", int(output)),
             ("BLOCK_M", tile.block_m),
             ("BLOCK_N", tile.block_n),
-            ("STAGES", tile.stages(block_scales)),
-            ("CLUSTER_M", tile.cluster_m),
-            ("CLUSTER_N", tile.cluster_n),
-            ("OVERLAP_PROMOTION", int(tile.overlap(block_scales))),
+            ("STAGES", tile.stages(block_scales, groups)),
             ("ASYNC_STORE", int(tile.async_store(block_scales))),
-            ("A_REGISTERS", int(tile.a_registers)),
         ),
     )
 
 
 def kernel_specs() -> list[jit.KernelSpec]:
     """Every configuration of the GEMM that ``heuristics`` can choose."""
-    return [
-        spec(grouping, output, tile)
+    specs = [
+        spec(grouping, output, tile, groups)
         for grouping in Grouping
         for output in (list(Output) if grouping == Grouping.K_GROUPED else [Output.BF16])
         for tile in heuristics.candidates(grouping)
+        for groups in (1, heuristics.MAX_GROUPS)
+        if groups == 1 or grouping != Grouping.DENSE
     ]
+    return list(dict.fromkeys(specs))
 
 
 @lru_cache
@@ -93,8 +92,8 @@ def _launch(
     tile, band = config or heuristics.choose(p, sms)
     block_scales = p.grouping != Grouping.K_GROUPED
     k_total = a.shape[-1]
-    map_a = _operand_map(a, tile.block_m // tile.cluster_n)
-    map_b = _operand_map(b, tile.block_n // tile.cluster_m)
+    map_a = _operand_map(a, tile.block_m)
+    map_b = _operand_map(b, tile.block_n)
     # The epilogue's TMA stores; without them the kernel does not look at it.
     map_d = (
         launch.tensor_map(
@@ -110,9 +109,8 @@ def _launch(
         if tile.async_store(block_scales)
         else map_a
     )
-    cluster = tile.cluster_m * tile.cluster_n
-    jit.load(spec(p.grouping, p.output, tile))(
-        min(sms // cluster, heuristics.max_items(p, tile)) * cluster,
+    jit.load(spec(p.grouping, p.output, tile, p.groups))(
+        min(sms, heuristics.max_tiles(p, tile)),
         128 * (tile.consumers + 1),
         [
             map_a,
@@ -133,8 +131,7 @@ def _launch(
             _block_stride(a_scale),
             b_scale.shape[-1] if block_scales else _block_stride(b_scale),
         ],
-        smem=tile.shared_memory(block_scales),
-        cluster=cluster,
+        smem=tile.shared_memory(block_scales, p.groups),
     )
 
 
