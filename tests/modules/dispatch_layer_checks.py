@@ -82,7 +82,7 @@ def differing(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -
 @check
 def same_bits_as_one_process(ranks: Ranks) -> None:
     for name, config in CONFIGS.items():
-        for kind in KINDS:
+        for kind in KINDS if name in ("fp8", "bf16") else KINDS[:2]:
             got, expected = both(ranks, config, kind)
             assert differing(got, expected) == set(), (name, kind, differing(got, expected))
 

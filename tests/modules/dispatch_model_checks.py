@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,11 @@ def train(
     return norms, full_parameters(model)
 
 
+@functools.cache
+def trained_by_one_process(device: torch.device) -> tuple[list[float], dict[str, torch.Tensor]]:
+    return train(Model(device), None)
+
+
 def full_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     full = {}
     for name, p in model.named_parameters():
@@ -130,7 +136,7 @@ def ddp(model: Model) -> DistributedDataParallel:
 
 @check
 def ddp_trains_like_one_process(ranks: Ranks) -> None:
-    expected = train(Model(ranks.device), None)
+    expected = trained_by_one_process(ranks.device)
     model = ddp(Model(ranks.device, ranks.group))
     got = train(model, ranks, reduce=lambda: reduce_expert_gradients(model))
     assert_same_training(got, expected)
@@ -141,7 +147,7 @@ def ddp_trains_like_one_process(ranks: Ranks) -> None:
 
 @check
 def fsdp_trains_like_one_process(ranks: Ranks) -> None:
-    expected = train(Model(ranks.device), None)
+    expected = trained_by_one_process(ranks.device)
     model = Model(ranks.device, ranks.group)
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     fully_shard(model, mesh=mesh, ignored_params=set(expert_parameters(model)))
@@ -160,7 +166,7 @@ def replicated_experts_under_ddp(ranks: Ranks) -> None:
     mesh = replicated(ranks)
     model = ddp(Model(ranks.device, mesh["ep"]))
     got = train(model, ranks, reduce=lambda: reduce_expert_gradients(model, mesh["dp"].get_group()))
-    assert_same_training(got, train(Model(ranks.device), None))
+    assert_same_training(got, trained_by_one_process(ranks.device))
 
 
 @check
@@ -171,7 +177,7 @@ def replicated_experts_under_fsdp(ranks: Ranks) -> None:
     fully_shard(model.moe.experts, mesh=mesh["dp"])
     fully_shard(model, mesh=init_device_mesh(ranks.device.type, (ranks.size,)), ignored_params=own)
     got = train(model, ranks, reduce=lambda: reduce_expert_gradients(model))
-    assert_same_training(got, train(Model(ranks.device), None))
+    assert_same_training(got, trained_by_one_process(ranks.device))
 
 
 @check

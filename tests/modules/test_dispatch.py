@@ -18,6 +18,7 @@ from fp8moe.modules import (
     clip_grad_norm_,
     expert_parameter_names,
     expert_parameters,
+    freeze_experts,
     grad_norm,
     reduce_expert_gradients,
 )
@@ -93,6 +94,13 @@ def test_moe_shards_its_experts(group):
 def test_sharding_keeps_frozen_weights_frozen(group):
     experts = Experts(E, H, I).requires_grad_(False).shard(group)
     assert not any(p.requires_grad for p in experts.parameters())
+
+
+def test_spread_experts_are_not_frozen_or_exported(group):
+    model = torch.nn.Sequential(MoE(Router(H, E, K), Experts(E, H, I), ep_group=group))
+    with pytest.raises(ValueError, match="0.experts: Experts: expected all experts in one process"):
+        freeze_experts(model)
+    assert isinstance(model[0].experts, Experts)
 
 
 def test_initialisation_does_not_depend_on_the_group(group):
