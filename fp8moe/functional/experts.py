@@ -5,6 +5,7 @@ The mathematics and the dataflow are in the package's docstring.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,50 +63,14 @@ class SwigluExperts(torch.autograd.Function):
         dtype: torch.dtype,
         grad: bool,
     ) -> Tensor:
-        need_x, _, need_p, need_w13, need_w2 = (grad and n for n in ctx.needs_input_grad[:5])
-        pow2, pow2_w, cache = config.pow2_scales, config.pow2_weight_scales, config.cache_weights
-        need_da = need_x or need_p or need_w13
-        w13_8, w13_t = fp8_weight(w13, pow2=pow2_w, transposed=need_x and cache, cache=cache)
-        w2_8, w2_t = fp8_weight(w2, pow2=pow2_w, transposed=need_da and cache, cache=cache)
-
         p = Permutation.of(topk_ids, w13.shape[0])
-        x8 = FP8Tensor(*cast_per_token(x, pow2))
-        xp8 = FP8Tensor(*permute_fp8(*x8, p.row_of_slot, p.slot_of_row))
-        h = m_grouped_gemm_nt(xp8, w13_8, p.group_ends)
-        del xp8
-        none = (None, None)
-        saved_h: Any = (h, None) if config.save == "bf16" else none
-        if config.save == "fp8" and (need_da or need_w2):
-            a_data, a_scale, *saved_h = swiglu_cast_both(h, topk_weights, p.slot_of_row, pow2)
-            a8 = FP8Tensor(a_data, a_scale)
-        else:
-            a8 = FP8Tensor(*swiglu_cast(h, topk_weights, p.slot_of_row, pow2))
-        del h
-        y = gather_sum(m_grouped_gemm_nt(a8, w2_8, p.group_ends), p.row_of_slot)
-        report("x", x8)
-        report("w13", w13_8)
-        report("act", a8, p.row_of_slot)
-        report("w2", w2_8)
-
-        if need_da or need_w2:
-            if config.save == "fp8":
-                report("h", FP8Tensor(*saved_h), p.row_of_slot)
-            recompute = config.save == "recompute"
-            # x belongs to the caller: keeping it takes no memory, and its cast is repeated bit for
-            # bit. save="bf16" trades memory for time throughout, so it keeps the cast instead.
-            saved_x: Any = x8 if config.save == "bf16" else (x, None)
-            ctx.save_for_backward(
-                *(saved_x if need_w13 or recompute else none),
-                *saved_h,
-                topk_weights,
-                *p[:3],
-                *(hold(w13, w13_t) if need_x else none),
-                *(hold(w2, w2_t) if need_da else none),
-                *(hold(w13, w13_8 if cache else None) if recompute else none),
-            )
-            ctx.config, ctx.x_dtype = config, x.dtype
-            ctx.w13, ctx.w2 = owner(w13), owner(w2)
-            ctx.w13_dtype, ctx.w2_dtype = w13.dtype, w2.dtype
+        x8 = FP8Tensor(*cast_per_token(x, config.pow2_scales))
+        # x belongs to the caller: keeping it takes no memory, and its cast is repeated bit for bit.
+        # save="bf16" trades memory for time throughout, so it keeps the cast instead.
+        kept_x = x8 if config.save == "bf16" else (x, None)
+        rows = forward_rows(ctx, x8, topk_weights, p, w13, w2, config, kept_x, grad)
+        ctx.x_dtype = x.dtype
+        y = gather_sum(rows, p.row_of_slot)
         # Not a plain .to: where that returns y itself, torch 2.11 compiles zero gradients.
         return y if y.dtype == dtype else y.to(dtype)
 
@@ -113,10 +78,97 @@ class SwigluExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         with autocast_off(dy.device):
-            return _swiglu_experts_backward(ctx, dy.contiguous())
+            pow2 = ctx.config.pow2_scales
+
+            def cast_dy() -> FP8Tensor:
+                return FP8Tensor(*cast_per_token(dy.contiguous(), pow2))
+
+            dx, dp, dw13, dw2 = backward_rows(ctx, cast_dy, gather_sum, gather_slots)
+            dx = None if dx is None else dx.to(ctx.x_dtype)
+        return dx, None, dp, dw13, dw2, None, None, None
 
 
-def _swiglu_experts_backward(ctx: Any, dy: Tensor) -> Any:
+def forward_rows(
+    ctx: Any,
+    x8: FP8Tensor,
+    topk_weights: Tensor,
+    p: Permutation,
+    w13: Tensor,
+    w2: Tensor,
+    config: FP8Config,
+    kept_x: tuple[Tensor, Tensor | None],
+    grad: bool,
+) -> Tensor:
+    """The fused path from tokens that are FP8 already to one output row per slot, unsummed.
+
+    Args:
+        ctx: of an autograd Function whose first five arguments are x, topk_ids, topk_weights, w13
+            and w2; what `backward_rows` needs is saved there.
+        x8: (T, H) per_token; topk_weights (T, K) float32; p the permutation of the T x K slots.
+        kept_x: what backward gets x from: x8, or (x, None) to cast x again.
+
+    Returns: (Rcap, H) BF16 in the order of p.
+    """
+    need_x, _, need_p, need_w13, need_w2 = (grad and n for n in ctx.needs_input_grad[:5])
+    pow2, pow2_w, cache = config.pow2_scales, config.pow2_weight_scales, config.cache_weights
+    need_da = need_x or need_p or need_w13
+    w13_8, w13_t = fp8_weight(w13, pow2=pow2_w, transposed=need_x and cache, cache=cache)
+    w2_8, w2_t = fp8_weight(w2, pow2=pow2_w, transposed=need_da and cache, cache=cache)
+
+    xp8 = FP8Tensor(*permute_fp8(*x8, p.row_of_slot, p.slot_of_row))
+    h = m_grouped_gemm_nt(xp8, w13_8, p.group_ends)
+    del xp8
+    none = (None, None)
+    saved_h: Any = (h, None) if config.save == "bf16" else none
+    if config.save == "fp8" and (need_da or need_w2):
+        a_data, a_scale, *saved_h = swiglu_cast_both(h, topk_weights, p.slot_of_row, pow2)
+        a8 = FP8Tensor(a_data, a_scale)
+    else:
+        a8 = FP8Tensor(*swiglu_cast(h, topk_weights, p.slot_of_row, pow2))
+    del h
+    rows = m_grouped_gemm_nt(a8, w2_8, p.group_ends)
+    report("x", x8)
+    report("w13", w13_8)
+    report("act", a8, p.row_of_slot)
+    report("w2", w2_8)
+
+    if need_da or need_w2:
+        if config.save == "fp8":
+            report("h", FP8Tensor(*saved_h), p.row_of_slot)
+        recompute = config.save == "recompute"
+        ctx.save_for_backward(
+            *(kept_x if need_w13 or recompute else none),
+            *saved_h,
+            topk_weights,
+            *p[:3],
+            *(hold(w13, w13_t) if need_x else none),
+            *(hold(w2, w2_t) if need_da else none),
+            *(hold(w13, w13_8 if cache else None) if recompute else none),
+        )
+        ctx.config = config
+        ctx.w13, ctx.w2 = owner(w13), owner(w2)
+        ctx.w13_dtype, ctx.w2_dtype = w13.dtype, w2.dtype
+    return rows
+
+
+def backward_rows(
+    ctx: Any,
+    take_dy: Callable[[], FP8Tensor],
+    sum_rows: Callable[[Tensor, Tensor], Any],
+    take_slots: Callable[[Tensor, Tensor], Any],
+) -> tuple[Any, Any, Tensor | None, Tensor | None]:
+    """The gradients that ctx.needs_input_grad asks for, from dy in FP8.
+
+    Args:
+        ctx: what `forward_rows` left.
+        take_dy: gives dy, (T, H) per_token; called after what does not need it.
+        sum_rows: makes dx of the permuted rows (Rcap, H) and row_of_slot. Called before the weight
+            gradients: if it only starts something, they run meanwhile.
+        take_slots: makes the gradient of topk_weights of its partial sums and row_of_slot,
+            likewise.
+
+    Returns: what sum_rows and take_slots returned, dw13, dw2; None where not asked for.
+    """
     x_data, x_scale, h, h_scale, weights, row_of_slot, slot_of_row, ends, *held_w = (
         ctx.saved_tensors
     )
@@ -138,8 +190,8 @@ def _swiglu_experts_backward(ctx: Any, dy: Tensor) -> Any:
     elif h_scale is not None:
         h, h_scale = restore(h, h_scale)
 
-    # dy once per token, then its rows for dgrad and its columns for wgrad, each only if asked for.
-    dy8 = FP8Tensor(*cast_per_token(dy, pow2))
+    # dy's rows for dgrad and its columns for wgrad, each only if asked for.
+    dy8 = take_dy()
     report("dy", dy8)
     need_da = need_x or need_p or need_w13
     if need_da and need_w2:
@@ -165,21 +217,21 @@ def _swiglu_experts_backward(ctx: Any, dy: Tensor) -> Any:
         report("dh", dh, row_of_slot)
 
     dx = dp = dw13 = dw2 = None
+    if need_p:
+        dp = take_slots(dprob, row_of_slot)
+    if need_x:
+        w13_t = held(*held_w[:2], pow2=pow2_w, transposed=True)
+        dx = sum_rows(m_grouped_gemm_nt(dh, w13_t, ends), row_of_slot)
     if need_w2:
         dw2 = fp8_wgrad(dy_t, FP8Tensor(a_data_t, a_scale_t), ends, ctx.w2, ctx.w2_dtype)
         del dy_t
-    if need_x:
-        w13_t = held(*held_w[:2], pow2=pow2_w, transposed=True)
-        dx = gather_sum(m_grouped_gemm_nt(dh, w13_t, ends), row_of_slot).to(ctx.x_dtype)
     if need_w13:
         if config.save != "recompute":
             x8 = cast_x()
         x_t = FP8Tensor(*permute_fp8_to_channel(*x8, slot_of_row, topk, pow2))
         dh_t = FP8Tensor(dh_data_t, dh_scale_t)
         dw13 = fp8_wgrad(dh_t, x_t, ends, ctx.w13, ctx.w13_dtype)
-    if need_p:
-        dp = gather_slots(dprob, row_of_slot)
-    return dx, None, dp, dw13, dw2, None, None, None
+    return dx, dp, dw13, dw2
 
 
 def swiglu_experts(
@@ -234,20 +286,46 @@ def _unfused_experts(
     config: FP8Config,
     grad: bool,
 ) -> Tensor:
-    rows, slots, ends, _ = Permutation.of(topk_ids, w13.shape[0])
+    p = Permutation.of(topk_ids, w13.shape[0])
+    rows, slots = p.row_of_slot, p.slot_of_row
+
+    def permuted(x: Tensor) -> Tensor:
+        return PermuteRows.apply(x, rows, slots)
+
+    y = unfused_rows(permuted, x.bfloat16(), topk_weights, p, w13, w2, config, grad)
+    return GatherSum.apply(y, rows, slots)
+
+
+def unfused_rows(
+    permuted: Callable[[Tensor], Tensor],
+    x: Tensor,
+    topk_weights: Tensor,
+    p: Permutation,
+    w13: Tensor,
+    w2: Tensor,
+    config: FP8Config,
+    grad: bool,
+) -> Tensor:
+    """The layer composed of its pieces, up to one output row per slot, unsummed; differentiable.
+
+    Args:
+        permuted: gives the rows (Rcap, H) BF16 in the order of p, of x. With save="recompute" it is
+            called again in backward.
+
+    Returns: (Rcap, H) BF16 in the order of p.
+    """
+    rows, slots, ends, _ = p
 
     def linear(rows_in: Tensor, w: Tensor, kinds: tuple[str, str, str]) -> Tensor:
         args = (config, torch.bfloat16, torch.is_grad_enabled(), kinds, rows)
         return GroupedLinear.apply(rows_in, w, ends, *args)
 
     def activation(x: Tensor, topk_weights: Tensor) -> Tensor:
-        xp = PermuteRows.apply(x, rows, slots)
-        h = linear(xp, w13, ("x", "w13", "dh"))
+        h = linear(permuted(x), w13, ("x", "w13", "dh"))
         return WeightedSwiglu.apply(h, topk_weights, rows, slots, config)
 
-    x = x.bfloat16()
     if config.save == "recompute" and grad:
         a = checkpoint(activation, x, topk_weights, use_reentrant=False, preserve_rng_state=False)
     else:
         a = activation(x, topk_weights)
-    return GatherSum.apply(linear(a, w2, ("act", "w2", "dy")), rows, slots)
+    return linear(a, w2, ("act", "w2", "dy"))

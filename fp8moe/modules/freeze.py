@@ -43,10 +43,16 @@ class FreezeReport:
 def expert_weight_names(module: Any) -> tuple[str, str] | None:
     """Names of the (E, 2I, H) and (E, H, I) weights of an expert layer; None for other modules.
 
-    Raises: ValueError for experts of transformers that are not silu(gate) * up in this layout, or
-        that are not called with hidden states, expert ids and weights.
+    Raises: ValueError for Experts with an ep_group, and for experts of transformers that are not
+        silu(gate) * up in this layout, or that are not called with hidden states, expert ids and
+        weights.
     """
     if isinstance(module, Experts):
+        if module.ep_mesh is not None:
+            raise ValueError(
+                f"Experts: expected all experts in one process, got them spread over the "
+                f"{module.ep_mesh.size()} ranks of an ep_group"
+            )
         return "w13", "w2"
     stacked = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
     if not all(isinstance(w, torch.Tensor) and w.dim() == 3 for w in stacked):
