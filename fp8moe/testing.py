@@ -274,22 +274,24 @@ def random_topk(
     Raises:
         ValueError: an unknown kind.
     """
-    generator = torch.Generator().manual_seed(seed)
-    if kind == "uniform":
-        weights = torch.ones(num_experts)
-    elif kind == "zipf":
-        weights = 1 / torch.arange(1, num_experts + 1)
-    elif kind == "one_hot":
-        weights = torch.full((num_experts,), 1e-30)
-        weights[:topk] = 1
-    else:
-        raise ValueError(f"kind: expected uniform, zipf or one_hot, got {kind!r}")
-    # Gumbel top-k is drawing without replacement, for all tokens at once.
-    noise = torch.rand((num_tokens, num_experts), generator=generator).clamp_min(1e-9)
-    ids = (weights.log() - (-noise.log()).log()).topk(topk).indices
-    drop = torch.rand((num_tokens, topk), generator=generator) < dropped
-    ids = ids.masked_fill(drop, num_experts)
-    probabilities = torch.rand((num_tokens, topk), generator=generator).softmax(dim=1)
+    # Drawn on the CPU whatever the default device: a seed means the same everywhere.
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(seed)
+        if kind == "uniform":
+            weights = torch.ones(num_experts)
+        elif kind == "zipf":
+            weights = 1 / torch.arange(1, num_experts + 1)
+        elif kind == "one_hot":
+            weights = torch.full((num_experts,), 1e-30)
+            weights[:topk] = 1
+        else:
+            raise ValueError(f"kind: expected uniform, zipf or one_hot, got {kind!r}")
+        # Gumbel top-k is drawing without replacement, for all tokens at once.
+        noise = torch.rand((num_tokens, num_experts), generator=generator).clamp_min(1e-9)
+        ids = (weights.log() - (-noise.log()).log()).topk(topk).indices
+        drop = torch.rand((num_tokens, topk), generator=generator) < dropped
+        ids = ids.masked_fill(drop, num_experts)
+        probabilities = torch.rand((num_tokens, topk), generator=generator).softmax(dim=1)
     return ids.to(device), probabilities.to(device)
 
 
