@@ -16,7 +16,7 @@ from fp8moe.functional.arguments import check_swiglu_experts
 from fp8moe.functional.autocast import autocast_off, result_dtype
 from fp8moe.functional.linear import GroupedLinear
 from fp8moe.functional.main_grad import fp8_wgrad, owner
-from fp8moe.functional.observe import report
+from fp8moe.functional.observe import observed, report
 from fp8moe.functional.saved import restore
 from fp8moe.functional.unfused import (
     GatherSum,
@@ -27,15 +27,10 @@ from fp8moe.functional.unfused import (
 )
 from fp8moe.functional.weight_cache import fp8_weight, held, hold
 from fp8moe.kernels.cast import cast_per_token
+from fp8moe.kernels.cast_permute import cast_permute, cast_permute_both, cast_permute_to_channel
 from fp8moe.kernels.fp8tensor import BLOCK, FP8Tensor
 from fp8moe.kernels.gemm import m_grouped_gemm_nt
-from fp8moe.kernels.permute import (
-    gather_slots,
-    gather_sum,
-    permute_fp8,
-    permute_fp8_both,
-    permute_fp8_to_channel,
-)
+from fp8moe.kernels.permute import gather_slots, gather_sum
 from fp8moe.kernels.swiglu import swiglu_backward_cast, swiglu_cast, swiglu_cast_both
 
 Tensor = torch.Tensor
@@ -69,8 +64,7 @@ class SwigluExperts(torch.autograd.Function):
         w2_8, w2_t = fp8_weight(w2, pow2=pow2_w, transposed=need_da and cache, cache=cache)
 
         p = Permutation.of(topk_ids, w13.shape[0])
-        x8 = FP8Tensor(*cast_per_token(x, pow2))
-        xp8 = FP8Tensor(*permute_fp8(*x8, p.row_of_slot, p.slot_of_row))
+        xp8 = FP8Tensor(*cast_permute(x, p.row_of_slot, p.slot_of_row, pow2))
         h = m_grouped_gemm_nt(xp8, w13_8, p.group_ends)
         del xp8
         none = (None, None)
@@ -82,7 +76,8 @@ class SwigluExperts(torch.autograd.Function):
             a8 = FP8Tensor(*swiglu_cast(h, topk_weights, p.slot_of_row, pow2))
         del h
         y = gather_sum(m_grouped_gemm_nt(a8, w2_8, p.group_ends), p.row_of_slot)
-        report("x", x8)
+        if observed():
+            report("x", FP8Tensor(*cast_per_token(x, pow2)))
         report("w13", w13_8)
         report("act", a8, p.row_of_slot)
         report("w2", w2_8)
@@ -91,11 +86,9 @@ class SwigluExperts(torch.autograd.Function):
             if config.save == "fp8":
                 report("h", FP8Tensor(*saved_h), p.row_of_slot)
             recompute = config.save == "recompute"
-            # x belongs to the caller: keeping it takes no memory, and its cast is repeated bit for
-            # bit. save="bf16" trades memory for time throughout, so it keeps the cast instead.
-            saved_x: Any = x8 if config.save == "bf16" else (x, None)
             ctx.save_for_backward(
-                *(saved_x if need_w13 or recompute else none),
+                # The caller's own: keeping it takes no memory, and its cast repeats bit for bit.
+                x if need_w13 or recompute else None,
                 *saved_h,
                 topk_weights,
                 *p[:3],
@@ -117,38 +110,29 @@ class SwigluExperts(torch.autograd.Function):
 
 
 def _swiglu_experts_backward(ctx: Any, dy: Tensor) -> Any:
-    x_data, x_scale, h, h_scale, weights, row_of_slot, slot_of_row, ends, *held_w = (
-        ctx.saved_tensors
-    )
+    x, h, h_scale, weights, row_of_slot, slot_of_row, ends, *held_w = ctx.saved_tensors
     config: FP8Config = ctx.config
     need_x, _, need_p, need_w13, need_w2 = ctx.needs_input_grad[:5]
     pow2, pow2_w, topk = config.pow2_scales, config.pow2_weight_scales, row_of_slot.shape[1]
-
-    def cast_x() -> FP8Tensor:
-        if x_scale is not None:
-            return restore(x_data, x_scale)
-        return FP8Tensor(*cast_per_token(x_data, pow2))
-
     if config.save == "recompute":
         w13_8 = held(*held_w[4:], pow2=pow2_w, transposed=False)
-        x8 = cast_x()
-        xp8 = FP8Tensor(*permute_fp8(*x8, row_of_slot, slot_of_row))
+        xp8 = FP8Tensor(*cast_permute(x, row_of_slot, slot_of_row, pow2))
         h = m_grouped_gemm_nt(xp8, w13_8, ends)
         del xp8
     elif h_scale is not None:
         h, h_scale = restore(h, h_scale)
 
-    # dy once per token, then its rows for dgrad and its columns for wgrad, each only if asked for.
-    dy8 = FP8Tensor(*cast_per_token(dy, pow2))
-    report("dy", dy8)
+    # The rows of dy for dgrad and their columns for wgrad, each only if asked for.
+    if observed():
+        report("dy", FP8Tensor(*cast_per_token(dy, pow2)))
     need_da = need_x or need_p or need_w13
     if need_da and need_w2:
-        *dyp8, dy_data_t, dy_scale_t = permute_fp8_both(*dy8, slot_of_row, topk, pow2)
+        *dyp8, dy_data_t, dy_scale_t = cast_permute_both(dy, slot_of_row, topk, pow2)
         dy_t = FP8Tensor(dy_data_t, dy_scale_t)
     elif need_da:
-        dyp8 = list(permute_fp8(*dy8, row_of_slot, slot_of_row))
+        dyp8 = list(cast_permute(dy, row_of_slot, slot_of_row, pow2))
     else:
-        dy_t = FP8Tensor(*permute_fp8_to_channel(*dy8, slot_of_row, topk, pow2))
+        dy_t = FP8Tensor(*cast_permute_to_channel(dy, slot_of_row, topk, pow2))
     if need_da:
         w2_t = held(*held_w[2:4], pow2=pow2_w, transposed=True)
         da = m_grouped_gemm_nt(FP8Tensor(*dyp8), w2_t, ends)
@@ -172,9 +156,7 @@ def _swiglu_experts_backward(ctx: Any, dy: Tensor) -> Any:
         w13_t = held(*held_w[:2], pow2=pow2_w, transposed=True)
         dx = gather_sum(m_grouped_gemm_nt(dh, w13_t, ends), row_of_slot).to(ctx.x_dtype)
     if need_w13:
-        if config.save != "recompute":
-            x8 = cast_x()
-        x_t = FP8Tensor(*permute_fp8_to_channel(*x8, slot_of_row, topk, pow2))
+        x_t = FP8Tensor(*cast_permute_to_channel(x, slot_of_row, topk, pow2))
         dh_t = FP8Tensor(dh_data_t, dh_scale_t)
         dw13 = fp8_wgrad(dh_t, x_t, ends, ctx.w13, ctx.w13_dtype)
     if need_p:
