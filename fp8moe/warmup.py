@@ -53,7 +53,8 @@ def layer_specs(
     for count in tokens:
         for problem in sorted(layer_problems(shape, count), key=repr):
             tile, _ = heuristics.choose(problem, num_sms)
-            specs[gemm.spec(problem.grouping, problem.output, tile)] = None
+            spec = gemm.spec(problem.grouping, problem.output, tile, problem.groups)
+            specs[spec] = None
     for module in (cast, cast_permute, permute, swiglu):
         specs.update(dict.fromkeys(module.kernel_specs()))
     return list(specs)

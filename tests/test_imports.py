@@ -48,8 +48,16 @@ MAY_IMPORT = {
 THIRD_PARTY = {"torch"}  # at module level, anywhere
 LAZY_THIRD_PARTY = {  # inside functions only
     "kernels": {"cuda"},
+    "quant": {"safetensors"},
     "modules": {"einops"},
-    "integrations": {"einops", "transformers", "deepspeed", "peft", "accelerate"},
+    "integrations": {
+        "einops",
+        "transformers",
+        "deepspeed",
+        "peft",
+        "accelerate",
+        "safetensors",
+    },
 }
 
 

@@ -34,13 +34,18 @@ anyway, and is cast a second time.
 With a GEMM in BF16, or H or I not a multiple of 128, the layer is composed of the functions in
 unfused.py and of `grouped_linear`: the same mathematics, more passes.
 
-Nothing here reads a count on the host. A parameter that carries an FP32 `main_grad` gets its wgrad
-added there by the GEMM itself; then its autograd gradient is None and `grad_added_to_main_grad` is
-set. Sources: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3, for scales and
-accumulation; Megatron-LM for folding p into the activation and for `main_grad`.
+expert_parallel.py is the same layer with its experts spread over the ranks of a process group.
+
+Nothing else here reads a count on the host. A parameter that carries an FP32 `main_grad` gets its
+wgrad added there by the GEMM itself; then its autograd gradient is None and
+`grad_added_to_main_grad` is set.
+
+Sources: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3, for scales and accumulation;
+Megatron-LM for folding p into the activation and for `main_grad`.
 """
 
 from fp8moe.functional.experts import swiglu_experts
+from fp8moe.functional.frozen import LowRank, frozen_swiglu_experts
 from fp8moe.functional.linear import grouped_linear
 from fp8moe.functional.observe import observe_fp8
 from fp8moe.functional.weight_cache import (
@@ -50,8 +55,10 @@ from fp8moe.functional.weight_cache import (
 )
 
 __all__ = [
+    "LowRank",
     "WeightCacheInfo",
     "clear_weight_cache",
+    "frozen_swiglu_experts",
     "grouped_linear",
     "observe_fp8",
     "swiglu_experts",

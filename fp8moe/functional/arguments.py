@@ -51,6 +51,26 @@ def check_grouped_linear(
     check_size("x: K", x.shape[1], config)
 
 
+def check_tokens(
+    x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, config: FP8Config
+) -> None:
+    """Raises: ValueError for tokens that an expert layer cannot take; all are contiguous."""
+    check_config(config)
+    check_tensor("x", x, (None, None), FLOATS)
+    check_tensor("topk_ids", topk_ids, (x.shape[0], None), IDS, x.device)
+    check_tensor("topk_weights", topk_weights, tuple(topk_ids.shape), FLOATS, x.device)
+    check_some("topk_ids: K", topk_ids.shape[1])
+    check_size("x: H", x.shape[1], config)
+
+
+def check_weights(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, config: FP8Config) -> None:
+    """Raises: ValueError for weights that do not fit x (T, H) or the GEMMs of config."""
+    _check_weight("w2", w2, (None, x.shape[1], None), x.device)
+    _check_weight("w13", w13, (w2.shape[0], 2 * w2.shape[2], x.shape[1]), x.device)
+    check_some("w2: E", w2.shape[0])
+    check_size("w2: I", w2.shape[2], config)
+
+
 def check_swiglu_experts(
     x: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -63,13 +83,5 @@ def check_swiglu_experts(
 
     x, topk_ids and topk_weights are contiguous.
     """
-    check_config(config)
-    check_tensor("x", x, (None, None), FLOATS)
-    check_tensor("topk_ids", topk_ids, (x.shape[0], None), IDS, x.device)
-    check_tensor("topk_weights", topk_weights, tuple(topk_ids.shape), FLOATS, x.device)
-    _check_weight("w2", w2, (None, x.shape[1], None), x.device)
-    _check_weight("w13", w13, (w2.shape[0], 2 * w2.shape[2], x.shape[1]), x.device)
-    check_some("topk_ids: K", topk_ids.shape[1])
-    check_some("w2: E", w2.shape[0])
-    check_size("x: H", x.shape[1], config)
-    check_size("w2: I", w2.shape[2], config)
+    check_tokens(x, topk_ids, topk_weights, config)
+    check_weights(x, w13, w2, config)

@@ -5,6 +5,8 @@ The mathematics and the dataflow are in the package's docstring.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from fp8moe.functional.linear import GroupedLinear
 from fp8moe.functional.main_grad import fp8_wgrad, owner
 from fp8moe.functional.observe import observed, report
 from fp8moe.functional.saved import restore
+from fp8moe.functional.tokens import Tokens
 from fp8moe.functional.unfused import (
     GatherSum,
     NoRows,
@@ -26,8 +29,6 @@ from fp8moe.functional.unfused import (
     WeightedSwiglu,
 )
 from fp8moe.functional.weight_cache import fp8_weight, held, hold
-from fp8moe.kernels.cast import cast_per_token
-from fp8moe.kernels.cast_permute import cast_permute, cast_permute_both, cast_permute_to_channel
 from fp8moe.kernels.fp8tensor import BLOCK, FP8Tensor
 from fp8moe.kernels.gemm import m_grouped_gemm_nt
 from fp8moe.kernels.permute import gather_slots, gather_sum
@@ -57,48 +58,10 @@ class SwigluExperts(torch.autograd.Function):
         dtype: torch.dtype,
         grad: bool,
     ) -> Tensor:
-        need_x, _, need_p, need_w13, need_w2 = (grad and n for n in ctx.needs_input_grad[:5])
-        pow2, pow2_w, cache = config.pow2_scales, config.pow2_weight_scales, config.cache_weights
-        need_da = need_x or need_p or need_w13
-        w13_8, w13_t = fp8_weight(w13, pow2=pow2_w, transposed=need_x and cache, cache=cache)
-        w2_8, w2_t = fp8_weight(w2, pow2=pow2_w, transposed=need_da and cache, cache=cache)
-
         p = Permutation.of(topk_ids, w13.shape[0])
-        xp8 = FP8Tensor(*cast_permute(x, p.row_of_slot, p.slot_of_row, pow2))
-        h = m_grouped_gemm_nt(xp8, w13_8, p.group_ends)
-        del xp8
-        none = (None, None)
-        saved_h: Any = (h, None) if config.save == "bf16" else none
-        if config.save == "fp8" and (need_da or need_w2):
-            a_data, a_scale, *saved_h = swiglu_cast_both(h, topk_weights, p.slot_of_row, pow2)
-            a8 = FP8Tensor(a_data, a_scale)
-        else:
-            a8 = FP8Tensor(*swiglu_cast(h, topk_weights, p.slot_of_row, pow2))
-        del h
-        y = gather_sum(m_grouped_gemm_nt(a8, w2_8, p.group_ends), p.row_of_slot)
-        if observed():
-            report("x", FP8Tensor(*cast_per_token(x, pow2)))
-        report("w13", w13_8)
-        report("act", a8, p.row_of_slot)
-        report("w2", w2_8)
-
-        if need_da or need_w2:
-            if config.save == "fp8":
-                report("h", FP8Tensor(*saved_h), p.row_of_slot)
-            recompute = config.save == "recompute"
-            ctx.save_for_backward(
-                # The caller's own: keeping it takes no memory, and its cast repeats bit for bit.
-                x if need_w13 or recompute else None,
-                *saved_h,
-                topk_weights,
-                *p[:3],
-                *(hold(w13, w13_t) if need_x else none),
-                *(hold(w2, w2_t) if need_da else none),
-                *(hold(w13, w13_8 if cache else None) if recompute else none),
-            )
-            ctx.config, ctx.x_dtype = config, x.dtype
-            ctx.w13, ctx.w2 = owner(w13), owner(w2)
-            ctx.w13_dtype, ctx.w2_dtype = w13.dtype, w2.dtype
+        rows = forward_rows(ctx, Tokens(x), topk_weights, p, w13, w2, config, grad)
+        ctx.x_dtype = x.dtype
+        y = gather_sum(rows, p.row_of_slot)
         # Not a plain .to: where that returns y itself, torch 2.11 compiles zero gradients.
         return y if y.dtype == dtype else y.to(dtype)
 
@@ -106,36 +69,123 @@ class SwigluExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         with autocast_off(dy.device):
-            return _swiglu_experts_backward(ctx, dy.contiguous())
+            take_dy = partial(Tokens, dy.contiguous())
+            dx, dp, dw13, dw2 = backward_rows(ctx, take_dy, gather_sum, gather_slots)
+            dx = None if dx is None else dx.to(ctx.x_dtype)
+        return dx, None, dp, dw13, dw2, None, None, None
 
 
-def _swiglu_experts_backward(ctx: Any, dy: Tensor) -> Any:
-    x, h, h_scale, weights, row_of_slot, slot_of_row, ends, *held_w = ctx.saved_tensors
+def forward_rows(
+    ctx: Any,
+    x: Tokens,
+    topk_weights: Tensor,
+    p: Permutation,
+    w13: Tensor,
+    w2: Tensor,
+    config: FP8Config,
+    grad: bool,
+) -> Tensor:
+    """The fused path from the tokens to one output row per slot, unsummed.
+
+    Args:
+        ctx: of an autograd Function whose first five arguments are x, topk_ids, topk_weights, w13
+            and w2; what `backward_rows` needs is saved there.
+        x: (T, H), kept for backward as they are: if they are the caller's own, that takes no
+            memory, and their cast repeats bit for bit.
+        topk_weights: (T, K) float32.
+        p: the permutation of the T x K slots.
+
+    Returns: (Rcap, H) BF16 in the order of p.
+    """
+    need_x, _, need_p, need_w13, need_w2 = (grad and n for n in ctx.needs_input_grad[:5])
+    pow2, pow2_w, cache = config.pow2_scales, config.pow2_weight_scales, config.cache_weights
+    need_da = need_x or need_p or need_w13
+    w13_8, w13_t = fp8_weight(w13, pow2=pow2_w, transposed=need_x and cache, cache=cache)
+    w2_8, w2_t = fp8_weight(w2, pow2=pow2_w, transposed=need_da and cache, cache=cache)
+
+    xp8 = x.rows(p.row_of_slot, p.slot_of_row, pow2)
+    h = m_grouped_gemm_nt(xp8, w13_8, p.group_ends)
+    del xp8
+    none = (None, None)
+    saved_h: Any = (h, None) if config.save == "bf16" else none
+    if config.save == "fp8" and (need_da or need_w2):
+        a_data, a_scale, *saved_h = swiglu_cast_both(h, topk_weights, p.slot_of_row, pow2)
+        a8 = FP8Tensor(a_data, a_scale)
+    else:
+        a8 = FP8Tensor(*swiglu_cast(h, topk_weights, p.slot_of_row, pow2))
+    del h
+    rows = m_grouped_gemm_nt(a8, w2_8, p.group_ends)
+    if observed():
+        report("x", x.fp8(pow2))
+    report("w13", w13_8)
+    report("act", a8, p.row_of_slot)
+    report("w2", w2_8)
+
+    if need_da or need_w2:
+        if config.save == "fp8":
+            report("h", FP8Tensor(*saved_h), p.row_of_slot)
+        recompute = config.save == "recompute"
+        ctx.save_for_backward(
+            *(x if need_w13 or recompute else none),
+            *saved_h,
+            topk_weights,
+            *p[:3],
+            *(hold(w13, w13_t) if need_x else none),
+            *(hold(w2, w2_t) if need_da else none),
+            *(hold(w13, w13_8 if cache else None) if recompute else none),
+        )
+        ctx.config = config
+        ctx.w13, ctx.w2 = owner(w13), owner(w2)
+        ctx.w13_dtype, ctx.w2_dtype = w13.dtype, w2.dtype
+    return rows
+
+
+def backward_rows(
+    ctx: Any,
+    take_dy: Callable[[], Tokens],
+    sum_rows: Callable[[Tensor, Tensor], Any],
+    take_slots: Callable[[Tensor, Tensor], Any],
+) -> tuple[Any, Any, Tensor | None, Tensor | None]:
+    """The gradients that ctx.needs_input_grad asks for, from dy.
+
+    Args:
+        ctx: what `forward_rows` left.
+        take_dy: gives dy, (T, H); called after what does not need it.
+        sum_rows: makes dx of the permuted rows (Rcap, H) and row_of_slot. Called before the weight
+            gradients: if it only starts something, they run meanwhile.
+        take_slots: makes the gradient of topk_weights of its partial sums and row_of_slot,
+            likewise.
+
+    Returns: what sum_rows and take_slots returned, dw13, dw2; None where not asked for.
+    """
+    x_data, x_scale, h, h_scale, weights, row_of_slot, slot_of_row, ends, *held_w = (
+        ctx.saved_tensors
+    )
     config: FP8Config = ctx.config
     need_x, _, need_p, need_w13, need_w2 = ctx.needs_input_grad[:5]
     pow2, pow2_w, topk = config.pow2_scales, config.pow2_weight_scales, row_of_slot.shape[1]
     if config.save == "recompute":
         w13_8 = held(*held_w[4:], pow2=pow2_w, transposed=False)
-        xp8 = FP8Tensor(*cast_permute(x, row_of_slot, slot_of_row, pow2))
+        xp8 = Tokens.saved(x_data, x_scale).rows(row_of_slot, slot_of_row, pow2)
         h = m_grouped_gemm_nt(xp8, w13_8, ends)
         del xp8
     elif h_scale is not None:
         h, h_scale = restore(h, h_scale)
 
-    # The rows of dy for dgrad and their columns for wgrad, each only if asked for.
+    # dy's rows for dgrad and its columns for wgrad, each only if asked for.
+    dy = take_dy()
     if observed():
-        report("dy", FP8Tensor(*cast_per_token(dy, pow2)))
+        report("dy", dy.fp8(pow2))
     need_da = need_x or need_p or need_w13
     if need_da and need_w2:
-        *dyp8, dy_data_t, dy_scale_t = cast_permute_both(dy, slot_of_row, topk, pow2)
-        dy_t = FP8Tensor(dy_data_t, dy_scale_t)
+        dyp8, dy_t = dy.both(slot_of_row, topk, pow2)
     elif need_da:
-        dyp8 = list(cast_permute(dy, row_of_slot, slot_of_row, pow2))
+        dyp8 = dy.rows(row_of_slot, slot_of_row, pow2)
     else:
-        dy_t = FP8Tensor(*cast_permute_to_channel(dy, slot_of_row, topk, pow2))
+        dy_t = dy.columns(slot_of_row, topk, pow2)
     if need_da:
         w2_t = held(*held_w[2:4], pow2=pow2_w, transposed=True)
-        da = m_grouped_gemm_nt(FP8Tensor(*dyp8), w2_t, ends)
+        da = m_grouped_gemm_nt(dyp8, w2_t, ends)
         del dyp8
     else:
         # Only dw2 is asked for: the pass below makes (p a)^T, which does not depend on da.
@@ -149,19 +199,19 @@ def _swiglu_experts_backward(ctx: Any, dy: Tensor) -> Any:
         report("dh", dh, row_of_slot)
 
     dx = dp = dw13 = dw2 = None
+    if need_p:
+        dp = take_slots(dprob, row_of_slot)
+    if need_x:
+        w13_t = held(*held_w[:2], pow2=pow2_w, transposed=True)
+        dx = sum_rows(m_grouped_gemm_nt(dh, w13_t, ends), row_of_slot)
     if need_w2:
         dw2 = fp8_wgrad(dy_t, FP8Tensor(a_data_t, a_scale_t), ends, ctx.w2, ctx.w2_dtype)
         del dy_t
-    if need_x:
-        w13_t = held(*held_w[:2], pow2=pow2_w, transposed=True)
-        dx = gather_sum(m_grouped_gemm_nt(dh, w13_t, ends), row_of_slot).to(ctx.x_dtype)
     if need_w13:
-        x_t = FP8Tensor(*cast_permute_to_channel(x, slot_of_row, topk, pow2))
+        x_t = Tokens.saved(x_data, x_scale).columns(slot_of_row, topk, pow2)
         dh_t = FP8Tensor(dh_data_t, dh_scale_t)
         dw13 = fp8_wgrad(dh_t, x_t, ends, ctx.w13, ctx.w13_dtype)
-    if need_p:
-        dp = gather_slots(dprob, row_of_slot)
-    return dx, None, dp, dw13, dw2, None, None, None
+    return dx, dp, dw13, dw2
 
 
 def swiglu_experts(
@@ -216,20 +266,46 @@ def _unfused_experts(
     config: FP8Config,
     grad: bool,
 ) -> Tensor:
-    rows, slots, ends, _ = Permutation.of(topk_ids, w13.shape[0])
+    p = Permutation.of(topk_ids, w13.shape[0])
+    rows, slots = p.row_of_slot, p.slot_of_row
+
+    def permuted(x: Tensor) -> Tensor:
+        return PermuteRows.apply(x, rows, slots)
+
+    y = unfused_rows(permuted, x.bfloat16(), topk_weights, p, w13, w2, config, grad)
+    return GatherSum.apply(y, rows, slots)
+
+
+def unfused_rows(
+    permuted: Callable[[Tensor], Tensor],
+    x: Tensor,
+    topk_weights: Tensor,
+    p: Permutation,
+    w13: Tensor,
+    w2: Tensor,
+    config: FP8Config,
+    grad: bool,
+) -> Tensor:
+    """The layer composed of its pieces, up to one output row per slot, unsummed; differentiable.
+
+    Args:
+        permuted: gives the rows (Rcap, H) BF16 in the order of p, of x. With save="recompute" it is
+            called again in backward.
+
+    Returns: (Rcap, H) BF16 in the order of p.
+    """
+    rows, slots, ends, _ = p
 
     def linear(rows_in: Tensor, w: Tensor, kinds: tuple[str, str, str]) -> Tensor:
         args = (config, torch.bfloat16, torch.is_grad_enabled(), kinds, rows)
         return GroupedLinear.apply(rows_in, w, ends, *args)
 
     def activation(x: Tensor, topk_weights: Tensor) -> Tensor:
-        xp = PermuteRows.apply(x, rows, slots)
-        h = linear(xp, w13, ("x", "w13", "dh"))
+        h = linear(permuted(x), w13, ("x", "w13", "dh"))
         return WeightedSwiglu.apply(h, topk_weights, rows, slots, config)
 
-    x = x.bfloat16()
     if config.save == "recompute" and grad:
         a = checkpoint(activation, x, topk_weights, use_reentrant=False, preserve_rng_state=False)
     else:
         a = activation(x, topk_weights)
-    return GatherSum.apply(linear(a, w2, ("act", "w2", "dy")), rows, slots)
+    return linear(a, w2, ("act", "w2", "dy"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from fp8moe.functional import bf16
+from fp8moe.functional.sharded import whole
 from fp8moe.kernels.arguments import check_tensor
 from fp8moe.kernels.fp8tensor import FP8Tensor
 from fp8moe.kernels.gemm import k_grouped_gemm
@@ -18,7 +19,7 @@ from fp8moe.kernels.gemm import k_grouped_gemm
 
 def check_main_grad(name: str, w: torch.Tensor) -> None:
     """Raises: ValueError for a main_grad that the GEMM cannot add to."""
-    main_grad = getattr(w, "main_grad", None)
+    main_grad = getattr(whole(w), "main_grad", None)
     if main_grad is None or not w.requires_grad:
         return
     if torch.compiler.is_compiling():
@@ -30,8 +31,11 @@ def check_main_grad(name: str, w: torch.Tensor) -> None:
 
 
 def owner(w: torch.Tensor) -> torch.Tensor | None:
-    """w itself if it carries a main_grad. Backward looks it up again: it may be another by then."""
-    return w if getattr(w, "main_grad", None) is not None else None
+    """The parameter that w is, or is part of, if it carries a main_grad.
+
+    Backward looks main_grad up again: it may be another by then.
+    """
+    return whole(w) if getattr(whole(w), "main_grad", None) is not None else None
 
 
 def _take(w: torch.Tensor) -> torch.Tensor:

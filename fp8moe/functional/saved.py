@@ -35,4 +35,6 @@ def expand(h8: FP8Tensor, config: FP8Config) -> torch.Tensor:
         return reference.dequantize_per_token(h8.data, h8.scale).bfloat16()
     scale = h8.scale.bfloat16() if config.pow2_scales else h8.scale
     blocks = h8.data.bfloat16().unflatten(1, (-1, BLOCK)) * scale.unsqueeze(-1)
-    return blocks.flatten(1).bfloat16()
+    h = blocks.flatten(1)
+    # Not a plain .bfloat16(): where that returns h itself, torch 2.11 compiles zero gradients.
+    return h if h.dtype == torch.bfloat16 else h.bfloat16()

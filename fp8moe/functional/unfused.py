@@ -75,6 +75,8 @@ class GatherSum(torch.autograd.Function):
 
 
 def _weight_of_row(topk_weights: torch.Tensor, slot_of_row: torch.Tensor) -> torch.Tensor:
+    if topk_weights.numel() == 0:  # under expert parallelism: no token came to this rank
+        return topk_weights.new_zeros((slot_of_row.shape[0], 1))
     p = topk_weights.reshape(-1).index_select(0, slot_of_row.clamp_min(0))
     return p.masked_fill(slot_of_row < 0, 0.0).unsqueeze(1)
 

@@ -1,7 +1,7 @@
 """Low-precision copies of weights: made once per version of a weight, shared by micro-batches.
 
-A copy belongs to one tensor object, held weakly, and is used again only while all of these are what
-they were when it was made:
+A copy belongs to one tensor object, held weakly (for the local part of a sharded weight, the
+weight), and is used again only while all of these are what they were when it was made:
 
     w._version      every in-place update through autograd's view of w raises it (optimizers,
                     copy_ under no_grad, load_state_dict),
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fp8moe.functional.sharded import whole
 from fp8moe.kernels.cast import cast_per_block, cast_per_block_both, transpose_per_block
 from fp8moe.kernels.fp8tensor import FP8Tensor
 
@@ -48,7 +49,7 @@ class _Entry:
     """The copies of one weight, and what the weight was when they were made."""
 
     def __init__(self, w: torch.Tensor) -> None:
-        self.ref = weakref.ref(w, _forget(id(w)))
+        self.ref = weakref.ref(whole(w), _forget(id(whole(w))))
         self.state = _state(w)
         self.fp8: dict[bool, tuple[FP8Tensor, FP8Tensor | None]] = {}
         self.bf16: torch.Tensor | None = None
@@ -76,9 +77,10 @@ def _forget(key: int) -> Any:
     return forget
 
 
-def _state(w: torch.Tensor) -> tuple[int, int, int]:
+def _state(w: torch.Tensor) -> tuple[int, int, int, int]:
     # A frozen weight outlives optimizer steps: it is cast once in a fine-tuning run.
-    return w._version, w.data_ptr(), _optimizer_steps if w.requires_grad else -1
+    steps = _optimizer_steps if w.requires_grad else -1
+    return whole(w)._version, w._version, w.data_ptr(), steps
 
 
 def _count_step(*_: Any) -> None:
@@ -99,9 +101,10 @@ def _entry(w: torch.Tensor) -> _Entry:
     global _hook
     if _hook is None:
         _hook = register_optimizer_step_post_hook(_count_step)
-    entry = _entries.get(id(w))
-    if entry is None or entry.ref() is not w or entry.state != _state(w):
-        entry = _entries[id(w)] = _Entry(w)
+    key = id(whole(w))
+    entry = _entries.get(key)
+    if entry is None or entry.ref() is not whole(w) or entry.state != _state(w):
+        entry = _entries[key] = _Entry(w)
     return entry
 
 

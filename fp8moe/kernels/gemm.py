@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -19,7 +20,7 @@ from fp8moe.kernels.heuristics import Grouping, Output, Problem, Tile
 # ---------------------------------------------------------------------- launch
 
 
-def spec(grouping: Grouping, output: Output, tile: Tile) -> jit.KernelSpec:
+def spec(grouping: Grouping, output: Output, tile: Tile, groups: int) -> jit.KernelSpec:
     """The compiled configuration of ``tile``."""
     block_scales = grouping != Grouping.K_GROUPED
     return jit.KernelSpec(
@@ -31,24 +32,23 @@ def spec(grouping: Grouping, output: Output, tile: Tile) -> jit.KernelSpec:
             ("OUTPUT", int(output)),
             ("BLOCK_M", tile.block_m),
             ("BLOCK_N", tile.block_n),
-            ("STAGES", tile.stages(block_scales)),
-            ("CLUSTER_M", tile.cluster_m),
-            ("CLUSTER_N", tile.cluster_n),
-            ("OVERLAP_PROMOTION", int(tile.overlap(block_scales))),
+            ("STAGES", tile.stages(block_scales, groups)),
             ("ASYNC_STORE", int(tile.async_store(block_scales))),
-            ("A_REGISTERS", int(tile.a_registers)),
         ),
     )
 
 
 def kernel_specs() -> list[jit.KernelSpec]:
     """Every configuration of the GEMM that ``heuristics`` can choose."""
-    return [
-        spec(grouping, output, tile)
+    specs = [
+        spec(grouping, output, tile, groups)
         for grouping in Grouping
         for output in (list(Output) if grouping == Grouping.K_GROUPED else [Output.BF16])
         for tile in heuristics.candidates(grouping)
+        for groups in (1, heuristics.MAX_GROUPS)
+        if groups == 1 or grouping != Grouping.DENSE
     ]
+    return list(dict.fromkeys(specs))
 
 
 @lru_cache
@@ -76,6 +76,37 @@ def _operand_map(t: torch.Tensor, box_rows: int) -> launch.TensorMap:
     )
 
 
+class _Plan(NamedTuple):
+    """What a launch of one problem needs that does not depend on the operands' addresses."""
+
+    kernel: launch.Kernel
+    tile: Tile
+    band: int
+    grid: int
+    threads: int
+    smem: int
+    async_store: bool
+
+
+def _plan(p: Problem, sms: int, config: tuple[Tile, int]) -> _Plan:
+    tile, band = config
+    block_scales = p.grouping != Grouping.K_GROUPED
+    return _Plan(
+        jit.load(spec(p.grouping, p.output, tile, p.groups)),
+        tile,
+        band,
+        min(sms, heuristics.max_tiles(p, tile)),
+        128 * (tile.consumers + 1),
+        tile.shared_memory(block_scales, p.groups),
+        tile.async_store(block_scales),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _chosen_plan(p: Problem, sms: int) -> _Plan:
+    return _plan(p, sms, heuristics.choose(p, sms))
+
+
 def _launch(
     p: Problem,
     a: torch.Tensor,
@@ -90,11 +121,10 @@ def _launch(
     if p.m == 0:
         return
     sms = num_sms(out.get_device())
-    tile, band = config or heuristics.choose(p, sms)
-    block_scales = p.grouping != Grouping.K_GROUPED
+    plan = _plan(p, sms, config) if config else _chosen_plan(p, sms)
     k_total = a.shape[-1]
-    map_a = _operand_map(a, tile.block_m // tile.cluster_n)
-    map_b = _operand_map(b, tile.block_n // tile.cluster_m)
+    map_a = _operand_map(a, plan.tile.block_m)
+    map_b = _operand_map(b, plan.tile.block_n)
     # The epilogue's TMA stores; without them the kernel does not look at it.
     map_d = (
         launch.tensor_map(
@@ -107,13 +137,12 @@ def _launch(
             box_cols=64,
             swizzle=128,
         )
-        if tile.async_store(block_scales)
+        if plan.async_store
         else map_a
     )
-    cluster = tile.cluster_m * tile.cluster_n
-    jit.load(spec(p.grouping, p.output, tile))(
-        min(sms // cluster, heuristics.max_items(p, tile)) * cluster,
-        128 * (tile.consumers + 1),
+    plan.kernel(
+        plan.grid,
+        plan.threads,
         [
             map_a,
             map_b,
@@ -127,14 +156,13 @@ def _launch(
             p.n,
             k_total,
             p.groups,
-            band,
+            plan.band,
             a.numel() // k_total,
             b.numel() // k_total,
             _block_stride(a_scale),
-            b_scale.shape[-1] if block_scales else _block_stride(b_scale),
+            _block_stride(b_scale) if p.grouping == Grouping.K_GROUPED else b_scale.shape[-1],
         ],
-        smem=tile.shared_memory(block_scales),
-        cluster=cluster,
+        smem=plan.smem,
     )
 
 

@@ -323,7 +323,7 @@ def _dim3(dim: Dim) -> tuple[int, int, int]:
 
 
 class Kernel:
-    """A loaded kernel: ``kernel(grid, block, args, smem=bytes, cluster=ctas)``."""
+    """A loaded kernel: ``kernel(grid, block, args, smem=bytes)``."""
 
     def __init__(self, cubin: bytes, entry: str) -> None:
         cu = driver()
@@ -377,21 +377,13 @@ class Kernel:
             raise _name_overflow(frame.codes, values, error) from None
         return frame, device
 
-    def _config(self, grid: Dim, block: Dim, smem: int, cluster: int, stream: int) -> Any:
+    def _config(self, grid: Dim, block: Dim, smem: int, stream: int) -> Any:
         cu = self._cu
         config = cu.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = _dim3(grid)
         config.blockDimX, config.blockDimY, config.blockDimZ = _dim3(block)
         config.sharedMemBytes = smem
         config.hStream = cu.CUstream(stream)
-        if cluster > 1:
-            attribute = cu.CUlaunchAttribute()
-            attribute.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            value = cu.CUlaunchAttributeValue()
-            value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = cluster, 1, 1
-            attribute.value = value
-            config.attrs = [attribute]
-            config.numAttrs = 1
         return config
 
     def _allow_smem(self, smem: int, device: int) -> None:
@@ -404,9 +396,7 @@ class Kernel:
         )
         self._smem[device] = smem
 
-    def __call__(
-        self, grid: Dim, block: Dim, args: Sequence[Any], *, smem: int = 0, cluster: int = 1
-    ) -> None:
+    def __call__(self, grid: Dim, block: Dim, args: Sequence[Any], *, smem: int = 0) -> None:
         """Launch on the current stream of the tensors' device; a zero in ``grid`` launches nothing.
 
         Args:
@@ -414,7 +404,6 @@ class Kernel:
             block: threads per block, up to three dimensions.
             args: see ``encode``.
             smem: bytes of dynamic shared memory.
-            cluster: thread blocks per cluster along the first dimension of the grid.
 
         Raises: TypeError for arguments that do not match the kernel's parameters; ValueError for a
             value that does not fit its type or a tensor on the wrong device; DriverError.
@@ -426,16 +415,16 @@ class Kernel:
             device = torch.cuda.current_device()
         elif device != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self(grid, block, args, smem=smem, cluster=cluster)
+                return self(grid, block, args, smem=smem)
         if smem > _DEFAULT_SMEM_BYTES and smem > self._smem.get(device, 0):
             self._allow_smem(smem, device)
         stream = torch._C._cuda_getCurrentRawStream(device)
-        key = (grid, block, smem, cluster, stream)
+        key = (grid, block, smem, stream)
         config = self._configs.get(key)
         if config is None:
             if len(self._configs) >= _MAX_CONFIGS:
                 self._configs.clear()
-            config = self._configs[key] = self._config(grid, block, smem, cluster, stream)
+            config = self._configs[key] = self._config(grid, block, smem, stream)
         (result,) = self._cu.cuLaunchKernelEx(config, self._kernel, frame.address, 0)
         if result.value == self._cu.CUresult.CUDA_ERROR_INVALID_CONTEXT.value:
             # A thread that has made no CUDA call yet has no current context: give it torch's.

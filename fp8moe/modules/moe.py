@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from fp8moe.modules.experts import Experts
 from fp8moe.modules.router import Router
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class MoEOutput(NamedTuple):
@@ -76,7 +80,10 @@ class MoE(nn.Module):
     Args:
         router: chooses the experts.
         experts: with the router's number of experts and hidden size.
-        shared_experts: any module from (T, H) to (T, H), for example SharedExperts.
+        shared_experts: any module from (T, H) to (T, H), for example SharedExperts. With an
+            ep_group it runs while the tokens travel to their experts.
+        ep_group: spread the experts over its ranks (`experts.shard`); not for experts that were
+            made with an ep_group themselves.
 
     Attributes:
         last_load: (E,) int64, tokens of each expert in the last forward; None before. Not a buffer.
@@ -87,7 +94,12 @@ class MoE(nn.Module):
     """
 
     def __init__(
-        self, router: Router, experts: Experts, shared_experts: nn.Module | None = None
+        self,
+        router: Router,
+        experts: Experts,
+        shared_experts: nn.Module | None = None,
+        *,
+        ep_group: dist.ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         super().__init__()
         sizes = (router.num_experts, router.hidden_size)
@@ -96,14 +108,21 @@ class MoE(nn.Module):
                 f"experts: expected (num_experts, hidden_size) = {sizes} of the router, "
                 f"got {(experts.num_experts, experts.hidden_size)}"
             )
+        if ep_group is not None:
+            experts.shard(ep_group)
         self.router, self.experts, self.shared_experts = router, experts, shared_experts
         self.last_load: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> MoEOutput:
         x_TH = x.reshape(-1, x.shape[-1])
         routed = self.router(x_TH)
-        y_TH = self.experts(x_TH, routed.topk_ids, routed.topk_weights)
-        if self.shared_experts is not None:
-            y_TH = y_TH + self.shared_experts(x_TH)
+        batch = x_TH, routed.topk_ids, routed.topk_weights
+        sent: tuple[Any, ...] = ()
+        if getattr(self.experts, "ep_mesh", None) is not None:
+            sent = (self.experts.dispatch(*batch),)
+        shared_TH = None if self.shared_experts is None else self.shared_experts(x_TH)
+        y_TH = self.experts(*batch, *sent)
+        if shared_TH is not None:
+            y_TH = y_TH + shared_TH
         self.last_load = routed.num_tokens_per_expert
         return MoEOutput(y_TH.reshape(x.shape), routed.aux_loss)

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .parallel import part_like, whole
+
 _PREFIX = "step_"
 _PARTIAL = ".partial-"
 _STATE = "state.json"
@@ -109,7 +111,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             found[f"{name}/{key}"] = value
-    return found
+    return whole(found)
 
 
 def load_optimizer(
@@ -120,7 +122,7 @@ def load_optimizer(
     for full_name, value in tensors.items():
         name, key = full_name.rsplit("/", 1)
         parameter = parameters[name]
-        optimizer.state[parameter][key] = value.to(parameter.device)
+        optimizer.state[parameter][key] = part_like(value, parameter)
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

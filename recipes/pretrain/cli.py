@@ -16,7 +16,7 @@ from rich.markup import escape
 
 import fp8moe
 
-from . import checkpoint, metrics, report
+from . import checkpoint, metrics, parallel, report
 from .config import Config, UserError, option
 from .data import Corpus, load_corpus
 from .expert_time import expert_share
@@ -68,18 +68,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = vars(parser().parse_args(argv))
     names = {item.name for item in dataclasses.fields(Config)}
     overrides = {name: value for name, value in values.items() if name in names}
-    console = Console(highlight=False)
     try:
-        return _run(values, overrides, console)
+        return _run(values, overrides)
     except KeyboardInterrupt:
         print("interrupted: the last checkpoint, if any, is whole", file=sys.stderr)
         return 128 + signal.SIGINT
     except (UserError, Diverged) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3 if isinstance(error, Diverged) else 2
+    finally:
+        parallel.end()
 
 
-def _run(values: dict[str, Any], overrides: dict[str, Any], console: Console) -> int:
+def _run(values: dict[str, Any], overrides: dict[str, Any]) -> int:
     runs_dir, resume = values["runs_dir"], values["resume"]
     if resume and values["overwrite"]:
         raise UserError("--resume and --overwrite exclude each other")
@@ -90,28 +91,34 @@ def _run(values: dict[str, Any], overrides: dict[str, Any], console: Console) ->
         folder = RunFolder(runs_dir, values["name"])
         settings = folder.settings()
         preset, config = resumed_config(settings, values["preset"], overrides)
+        ranks = parallel.start(config)
     else:
         preset, config = choose(values["preset"], overrides)
+        ranks = parallel.start(config)
         folder = RunFolder(runs_dir, values["name"] or next_name(runs_dir, preset))
-        folder.check_new(values["overwrite"])
+        if ranks.first:
+            folder.check_new(values["overwrite"])
+    console = Console(highlight=False, quiet=not ranks.first)
     corpus = load_corpus(config)
     if resume:
         check_same_data(settings, corpus)
     make_deterministic()
     _check_fp8(config)
-    trainer = Trainer(config, corpus)
+    trainer = Trainer(config, corpus, ranks)
     saved = None
-    if resume:
-        folder.reopen(preset, config, corpus)
-        saved = checkpoint.latest(folder.checkpoints)
-        if settings["threads"] != torch.get_num_threads() and config.device == "cpu":
-            console.print(
-                f"note: the run began with {settings['threads']} threads, now "
-                f"{torch.get_num_threads()}: the last bits of its numbers may differ"
-            )
-    else:
-        folder.create(preset, config, corpus, values["overwrite"])
+    if ranks.first:
+        if resume:
+            folder.reopen(preset, config, corpus)
+        else:
+            folder.create(preset, config, corpus, values["overwrite"])
     try:
+        if resume:
+            saved = _latest(folder, ranks)
+            if settings["threads"] != torch.get_num_threads() and config.device == "cpu":
+                console.print(
+                    f"note: the run began with {settings['threads']} threads, now "
+                    f"{torch.get_num_threads()}: the last bits of its numbers may differ"
+                )
         _print_start(console, folder, preset, config, corpus)
         if saved is not None:
             trainer.restore(saved)
@@ -119,6 +126,13 @@ def _run(values: dict[str, Any], overrides: dict[str, Any], console: Console) ->
         return _train(trainer, folder, corpus, saved, console)
     finally:
         folder.release()
+
+
+def _latest(folder: RunFolder, ranks: parallel.Ranks) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint. The first process looks first: it deletes what is half written."""
+    saved = checkpoint.latest(folder.checkpoints) if ranks.first else None
+    ranks.wait()
+    return saved if ranks.first else checkpoint.latest(folder.checkpoints)
 
 
 def make_deterministic() -> None:
@@ -152,6 +166,8 @@ def _print_start(
     if config.device == "cuda":
         device = torch.cuda.get_device_name()
     bits = corpus.entropy
+    if config.ep > 1:
+        device = f"{config.ep} x {device}"
     console.print(
         f"run       {folder.path} (preset {preset}, {device}, twins: {', '.join(config.twins)})\n"
         f"text      {escape(corpus.source)}: {corpus.num_files:,} files, "
@@ -175,19 +191,24 @@ def _train(
     console: Console,
 ) -> int:
     offset = 0 if saved is None else saved.state["metrics_bytes"]
-    log = metrics.Metrics(folder.path, offset, trainer.step)
+    first = trainer.ranks.first
+    log = metrics.Metrics(folder.path, offset, trainer.step) if first else metrics.NoMetrics()
     try:
         with StopRequest() as stop:
             finished = trainer.train(folder.checkpoints, log, stop)
-        if not finished and stop.signal is not None:
+        if not finished:
+            # Where the signal came to another process alone, this one reports it as SIGTERM.
+            number = stop.signal or signal.SIGTERM
             console.print(
-                f"stopped by {stop.signal.name} at step {trainer.step}; continue with "
+                f"stopped by {number.name} at step {trainer.step}; continue with "
                 f"--resume --name {folder.name}"
             )
-            return 128 + stop.signal
+            return 128 + number
         _close(trainer, log, console)
     finally:
         log.close()
+    if not first:
+        return 0
     records = metrics.read(folder.path)
     picture = folder.path / report.PICTURE
     title = f"{folder.name}: {trainer.config.parameters / 1e6:.1f} M parameters on {corpus.source}"

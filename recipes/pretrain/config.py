@@ -44,6 +44,8 @@ class Config:
     grad_accumulation: int = _option(1, "micro-batches in a step")
     steps: int = _option(450, "optimizer steps")
 
+    ep: int = _option(1, "processes that share the batches and the experts (see parallel.py)")
+
     lr: float = _option(1e-3, "peak learning rate")
     min_lr: float = _option(0.1, "last learning rate, as a share of the peak")
     warmup_steps: int = _option(45, "steps of linear warm-up before the cosine")
@@ -142,6 +144,12 @@ class Config:
             raise UserError(
                 f"--top-k: expected at most --experts ({self.experts}), got {self.top_k}"
             )
+        for name in ("experts", "batch_size"):
+            if getattr(self, name) % self.ep:
+                raise UserError(
+                    f"--{option(name)}: expected a multiple of --ep ({self.ep}), "
+                    f"got {getattr(self, name)}"
+                )
         if self.warmup_steps >= self.steps:
             raise UserError(
                 f"--warmup-steps: expected fewer than --steps ({self.steps}), "
@@ -158,7 +166,7 @@ class Config:
 
 _POSITIVE = (
     "layers", "d_model", "heads", "experts", "top_k", "d_expert", "seq_len", "batch_size",
-    "grad_accumulation", "steps", "lr", "clip", "log_every", "eval_every", "eval_batches",
+    "grad_accumulation", "steps", "ep", "lr", "clip", "log_every", "eval_every", "eval_batches",
     "checkpoint_every", "keep", "temperature",
 )  # fmt: skip
 _NOT_NEGATIVE = (
@@ -166,8 +174,9 @@ _NOT_NEGATIVE = (
 )  # fmt: skip
 
 
-# Settings that a resumed run may change: they touch no number of the training.
-FREE = ("checkpoint_every", "keep")
+# Settings that a resumed run may change. The first two touch no number of the training; another
+# number of processes only changes the order of sums.
+FREE = ("checkpoint_every", "keep", "ep")
 
 
 def option(name: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import Config, UserError
+from .parallel import Ranks
 
 FILE_END = 0  # a byte that text does not hold: it ends every file in the stream
 RESIDENT_BYTES = 8 << 30  # a longer stream stays in host memory and is copied batch by batch
@@ -195,8 +196,8 @@ class Batch:
 class Loader:
     """Cuts batches out of a stream. The stream lies on the device unless it is very large."""
 
-    def __init__(self, corpus: Corpus, config: Config):
-        self.config = config
+    def __init__(self, corpus: Corpus, config: Config, ranks: Ranks | None = None):
+        self.config, self.ranks = config, ranks or Ranks()
         self.device = torch.device(config.device)
         self.order = DataOrder(corpus.train.numel(), config.seq_len, config.seed)
         self.train = self._place(corpus.train)
@@ -217,14 +218,15 @@ class Loader:
         return Batch(ids[:, :-1], ids[:, 1:].contiguous())
 
     def step(self, step: int) -> list[Batch]:
-        """The micro-batches of optimizer step ``step``, counted from 0."""
+        """This rank's part of the micro-batches of optimizer step ``step``, counted from 0."""
         starts = self.order.starts(
             step * self.config.sequences_per_step, self.config.sequences_per_step
         )
-        return [self._cut(self.train, part) for part in starts.split(self.config.batch_size)]
+        batches = starts.split(self.config.batch_size)
+        return [self._cut(self.train, self.ranks.part(batch)) for batch in batches]
 
     def validation(self) -> Iterator[Batch]:
-        """The same windows each time, spread evenly over the held-out stream."""
+        """The same windows each time and on every rank, spread evenly over the held-out stream."""
         length = self.config.seq_len
         available = (self.valid.numel() - 1) // length
         wanted = min(self.config.eval_batches * self.config.batch_size, available)

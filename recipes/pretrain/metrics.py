@@ -84,6 +84,25 @@ class Metrics:
         self._board.close()
 
 
+class NoMetrics(Metrics):
+    """Writes nothing: for the processes of a run that are not its first."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, kind: str, **values: Any) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def offset(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
 def read(folder: Path) -> list[dict[str, Any]]:
     """All records of a run, in the order written."""
     path = folder / FILE

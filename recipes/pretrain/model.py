@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,7 +49,12 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + moe(norm(x))."""
 
-    def __init__(self, config: Config, precision: fp8moe.FP8Config):
+    def __init__(
+        self,
+        config: Config,
+        precision: fp8moe.FP8Config,
+        ep_group: dist.ProcessGroup | None,
+    ):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.attention = Attention(config)
@@ -61,7 +67,13 @@ class Block(nn.Module):
                 balance_loss_coeff=config.balance_loss,
                 z_loss_coeff=config.z_loss,
             ),
-            fp8moe.Experts(config.experts, config.d_model, config.d_expert, config=precision),
+            fp8moe.Experts(
+                config.experts,
+                config.d_model,
+                config.d_expert,
+                config=precision,
+                ep_group=ep_group,
+            ),
         )
 
     def reset_parameters(self, std: float, out_std: float) -> None:
@@ -83,19 +95,21 @@ class LanguageModel(nn.Module):
     The residual stream is FP32; under autocast attention runs in BF16 and the experts in
     ``precision``: "fp8" for all three GEMMs in FP8, "bf16" for none.
 
+    With ``ep_group`` its ranks share the experts of each layer.
+
     Shapes: tokens and targets are int64 [B, S], S at most ``config.seq_len``.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: Config, precision: str):
+    def __init__(self, config: Config, precision: str, ep_group: dist.ProcessGroup | None = None):
         super().__init__()
         experts = fp8moe.FP8Config.bf16()
         if precision == "fp8":
             experts = fp8moe.FP8Config(pow2_scales=config.pow2_scales, save=config.save)
         self.embedding = nn.Embedding(VOCABULARY, config.d_model)
-        blocks = [Block(config, experts) for _ in range(config.layers)]
+        blocks = [Block(config, experts, ep_group) for _ in range(config.layers)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
         cos, sin = rope_tables(config.seq_len, config.d_model // config.heads)

@@ -12,6 +12,7 @@ from . import checkpoint
 from .config import Config
 from .data import Corpus, Loader
 from .metrics import VALID, Metrics
+from .parallel import Ranks
 from .stop import StopRequest
 from .twin import Twin
 
@@ -19,11 +20,12 @@ from .twin import Twin
 class Trainer:
     """The twins of a run and where they are in the data."""
 
-    def __init__(self, config: Config, corpus: Corpus):
+    def __init__(self, config: Config, corpus: Corpus, ranks: Ranks | None = None):
         self.config = config
+        self.ranks = ranks or Ranks()
         self.device = torch.device(config.device)
-        self.loader = Loader(corpus, config)
-        self.twins = [Twin(name, config) for name in config.twins]
+        self.loader = Loader(corpus, config, self.ranks)
+        self.twins = [Twin(name, config, self.ranks) for name in config.twins]
         self.step = 0  # steps done; also the position in the data
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
@@ -33,7 +35,7 @@ class Trainer:
         checkpoint.restore_random_state(self.device, saved.tensors("random"))
         self.step = saved.state["step"]
 
-    def save(self, folder: Path, metrics: Metrics) -> Path:
+    def save(self, folder: Path, metrics: Metrics) -> None:
         """Writes a checkpoint that ``restore`` continues from bit for bit."""
         for twin in self.twins:
             twin.flush(metrics)
@@ -44,7 +46,9 @@ class Trainer:
             "metrics_bytes": metrics.offset(),
             "skipped": {twin.name: twin.skipped for twin in self.twins},
         }
-        return checkpoint.save(folder, self.step, tensors, state, self.config.keep)
+        if self.ranks.first:
+            checkpoint.save(folder, self.step, tensors, state, self.config.keep)
+        self.ranks.wait()
 
     def train(self, folder: Path, metrics: Metrics, stop: StopRequest) -> bool:
         """Trains until the last step or a request to stop, then saves.
@@ -62,8 +66,9 @@ class Trainer:
         with tqdm(
             total=config.steps, initial=self.step, desc="training", unit="step", smoothing=0.05,
             dynamic_ncols=True, mininterval=interval, maxinterval=2 * interval,
+            disable=not self.ranks.first,
         ) as bar:  # fmt: skip
-            while self.step < config.steps and stop.signal is None:
+            while self.step < config.steps and not self.ranks.any(stop.signal is not None):
                 self._one_step()
                 bar.update()
                 done = self.step == config.steps

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 import fp8moe
 
@@ -18,6 +19,7 @@ from .data import Batch, mixed_seed
 from .metrics import LOAD, SPEED, TRAIN, VALUES, Metrics
 from .model import LanguageModel
 from .optimizer import ClippedAdamW, learning_rate
+from .parallel import Ranks, whole
 from .values import ValueCounter
 
 _MAX_SKIPPED = 20  # updates in a row without a finite gradient before the run gives up
@@ -33,14 +35,16 @@ class Twin:
     Losses and norms stay on the device until ``flush``, so a step needs no synchronisation.
     """
 
-    def __init__(self, name: str, config: Config):
+    def __init__(self, name: str, config: Config, ranks: Ranks):
         self.name = name
         self.config = config
+        self.ranks = ranks
         self.device = torch.device(config.device)
         # Twins draw the same weights.
         torch.manual_seed(mixed_seed("weights", config.seed))
         with self.device:
-            self.model = LanguageModel(config, name)
+            self.model = LanguageModel(config, name, ranks.ep_group)
+        self._replica = ranks.replicate(self.model)
         self.optimizer = ClippedAdamW(self.model, config)
         self.meter = StepMeter(self.device)
         self._values = ValueCounter()
@@ -63,10 +67,12 @@ class Twin:
             total = torch.zeros(2, device=self.device)
             for batch in batches:
                 with self.autocast():
-                    loss, balance = self.model(batch.tokens, batch.targets)
+                    loss, balance = self._replica(batch.tokens, batch.targets)
                 self._load += self.model.expert_load()
                 ((loss + balance) * share).backward()
                 total += share * torch.stack([loss.detach(), balance.detach()])
+            self.ranks.reduce_experts(self.model)
+            total = self.ranks.sum(total / self.ranks.size)
             norm = self.optimizer.step(step)
             # All FP8 and BF16 copies of the weights are stale now.
             fp8moe.clear_weight_cache()
@@ -121,7 +127,7 @@ class Twin:
                 SPEED, step=last, model=self.name, step_ms=step_ms,
                 tokens_per_s=latest["tokens_per_s"], memory_bytes=memory,
             )  # fmt: skip
-        load = self._load.double()
+        load = self.ranks.sum(self._load.double())
         shares = (load / load.sum(dim=1, keepdim=True)).tolist()
         metrics.write(LOAD, step=last, model=self.name, share=shares)
         self._load.zero_()
@@ -138,7 +144,7 @@ class Twin:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint keeps of this twin, as {file: tensors}."""
         return {
-            f"{self.name}.model": self.model.state_dict(),
+            f"{self.name}.model": whole(self.model.state_dict()),
             f"{self.name}.optimizer": checkpoint.optimizer_tensors(
                 self.model, self.optimizer.adamw
             ),
@@ -146,7 +152,11 @@ class Twin:
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Undoes ``tensors``."""
-        self.model.load_state_dict(saved.tensors(f"{self.name}.model"))
+        set_model_state_dict(
+            self.model,
+            dict(saved.tensors(f"{self.name}.model")),
+            options=StateDictOptions(full_state_dict=True),
+        )
         checkpoint.load_optimizer(
             self.model, self.optimizer.adamw, saved.tensors(f"{self.name}.optimizer")
         )

@@ -1,4 +1,4 @@
-"""No code of the functional layer or the modules reads device values on the host."""
+"""No code of the functional layer or the modules reads device values on the host, but for one."""
 
 from __future__ import annotations
 
@@ -28,9 +28,14 @@ def host_reads(source: str) -> list[str]:
     ]
 
 
+# The sizes of the messages between ranks.
+ALLOWED = {PACKAGE / "functional" / "exchange.py": ["tolist"]}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_host_sync(path):
-    assert host_reads(path.read_text(encoding="utf-8")) == []
+    found = host_reads(path.read_text(encoding="utf-8"))
+    assert [read.split(": ")[1] for read in found] == ALLOWED.get(path, []), found
 
 
 def test_the_search_finds_what_it_should():

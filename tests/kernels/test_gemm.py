@@ -156,7 +156,7 @@ def test_the_gate_rejects_what_a_global_similarity_lets_pass():
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", heuristics.candidates(Grouping.DENSE), ids=str)
 def test_every_tile_of_the_forward_gemm(tile):
-    """Odd tile grids inside clusters, ragged edges in every direction, rings shorter than K."""
+    """Odd tile grids, ragged edges in every direction, rings shorter than K."""
     sizes, n, k = [0, 129, 1, 0, 384, 130, 7], 776, 1296
     rows = sum(sizes)
     a, b = _operand(rows, k, "cuda"), _weights(len(sizes), n, k, "cuda")

@@ -10,10 +10,15 @@ TILES = sorted({t for g in Grouping for t in heuristics.candidates(g)}, key=str)
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("block_scales", [True, False])
-def test_every_tile_fits_shared_memory_with_a_working_ring(tile, block_scales):
-    assert tile.shared_memory(block_scales) <= heuristics.SHARED_MEMORY
-    assert 3 <= tile.stages(block_scales) <= 12
-    assert tile.cluster_m * tile.cluster_n <= 2
+@pytest.mark.parametrize("groups", [1, heuristics.FEW_GROUPS, heuristics.MAX_GROUPS])
+def test_every_tile_fits_shared_memory_with_a_working_ring(tile, block_scales, groups):
+    assert tile.shared_memory(block_scales, groups) <= heuristics.SHARED_MEMORY
+    assert 3 <= tile.stages(block_scales, groups) <= 12
+
+
+def test_a_short_group_table_leaves_room_for_a_fourth_stage():
+    assert Tile(128, 256).stages(True, heuristics.FEW_GROUPS) == 4
+    assert Tile(128, 256).stages(True, heuristics.FEW_GROUPS + 1) == 3
 
 
 def test_large_problems_get_the_wide_tile_walked_in_bands():
@@ -34,13 +39,6 @@ def test_few_rows_get_the_short_tile(m):
     assert tile.block_m == 64
 
 
-def test_a_pair_along_n_is_not_chosen_where_it_would_compute_a_quarter_more():
-    # N = 768 is three tiles of 256: pairing them along N makes four.
-    p = Problem(Grouping.M_GROUPED, Output.BF16, 131072, 768, 2048, 128)
-    tile, _ = heuristics.choose(p, 132)
-    assert tile.block_n * tile.cluster_n <= 256
-
-
 @pytest.mark.parametrize("grouping", list(Grouping))
 def test_estimate_grows_with_the_work(grouping):
     small = Problem(grouping, Output.BF16, 4096, 2048, 4096, 4)
@@ -50,12 +48,12 @@ def test_estimate_grows_with_the_work(grouping):
             assert heuristics.estimate(large, tile, 132) > heuristics.estimate(small, tile, 132)
 
 
-def test_max_items_bounds_every_split_of_the_rows():
+def test_max_tiles_bounds_every_split_of_the_rows():
     tile = Tile(128, 256)
     p = Problem(Grouping.M_GROUPED, Output.BF16, 1000, 512, 512, 5)
     for sizes in ([1000, 0, 0, 0, 0], [1, 1, 1, 1, 996], [200] * 5, [129, 1, 385, 257, 228]):
         rows = sum(-(-s // 128) for s in sizes)
-        assert rows * 2 <= heuristics.max_items(p, tile)
+        assert rows * 2 <= heuristics.max_tiles(p, tile)
 
 
 def test_accumulation_costs_more_than_overwriting():

@@ -224,12 +224,11 @@ ARGS = [ctypes.c_void_p(0x1234), 5, 2.5]
 
 def test_launch_configuration_and_arguments(pretended: PretendedDriver) -> None:
     kernel = launch.Kernel(b"", "k")
-    kernel((3, 2), 128, ARGS, smem=1000, cluster=2)
+    kernel((3, 2), 128, ARGS, smem=1000)
     config, args = pretended.launches[0]
     assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (3, 2, 1)
     assert (config.blockDimX, config.blockDimY, config.blockDimZ) == (128, 1, 1)
     assert config.sharedMemBytes == 1000 and int(config.hStream) == 0x77
-    assert config.numAttrs == 1 and config.attrs[0].value.clusterDim.x == 2
     assert args == [struct.pack("<Q", 0x1234), struct.pack("<i", 5), struct.pack("<f", 2.5)]
     assert pretended.attributes == []
 
@@ -296,11 +295,6 @@ extern "C" __global__ void big_smem(int* y) {
   __syncthreads();
   for (int i = threadIdx.x; i < 50000; i += blockDim.x) y[i] = s[49999 - i];
 }
-extern "C" __global__ void cluster_rank(int* y) {
-  unsigned rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  if (threadIdx.x == 0) y[blockIdx.x] = (int)rank;
-}
 extern "C" __global__ void add_one(int* y) { y[threadIdx.x] += 1; }
 extern "C" __global__ void report(int* status) {
   status[1] = 3; status[2] = 10; status[3] = 20;
@@ -348,14 +342,6 @@ def test_too_much_shared_memory_names_the_kernel(kernels: Any) -> None:
     y = torch.empty(50000, dtype=torch.int32, device="cuda")
     with pytest.raises(launch.DriverError, match="big_smem: 300000 bytes of shared memory"):
         kernels("big_smem")(1, 256, [y], smem=300_000)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("cluster", [1, 2, 4])
-def test_cluster(kernels: Any, cluster: int) -> None:
-    y = torch.empty(8, dtype=torch.int32, device="cuda")
-    kernels("cluster_rank")(8, 32, [y], cluster=cluster)
-    assert y.tolist() == [i % cluster for i in range(8)]
 
 
 @pytest.mark.gpu

@@ -2,9 +2,10 @@
 //
 //   OUTPUT_BF16   D = bf16(sum)     OUTPUT_F32   D = sum     OUTPUT_ADD   D += sum (each element has one owner)
 //
-// ASYNC_STORE: the warp stages its 16 rows whole and lets TMA write them while it is busy with the next tile. Otherwise
-// it turns one panel of 16 rows x 128 bytes after the other around in 2 KB. Both write only rows of the tile's group and
-// columns below N: TMA clips at N, and 16 rows that a group ends within are written by plain stores.
+// A panel is 16 rows x 128 bytes. ASYNC_STORE: the warp turns its panels around in two buffers, and TMA writes them while it
+// fills the other or is busy with the next tile. Otherwise it copies one panel after the other in 16-byte stores. Both
+// write only rows of the tile's group and columns below N: TMA clips at N, and 16 rows that a group ends within are
+// written by plain stores.
 #pragma once
 #include "scheduler.cuh"
 
@@ -12,8 +13,8 @@ enum { OUTPUT_BF16 = 0, OUTPUT_F32 = 1, OUTPUT_ADD = 2 };
 
 constexpr int ELEMENT = OUTPUT == OUTPUT_BF16 ? 2 : 4;  // bytes
 constexpr int PANEL_BYTES = 16 * 128;
-constexpr int STAGING_BYTES = ASYNC_STORE ? 16 * BLOCK_N * (BLOCK_M > 64 ? 2 : 1) : PANEL_BYTES;  // a consumer warp's
-static_assert(!ASYNC_STORE || OUTPUT == OUTPUT_BF16, "FP32 tiles are too large to be staged whole");
+constexpr int STAGING_BYTES = (ASYNC_STORE ? 2 : 1) * PANEL_BYTES;  // a consumer warp's
+static_assert(!ASYNC_STORE || OUTPUT == OUTPUT_BF16, "the panels of TMA are BF16");
 
 // Where 16-byte chunk c of row r lies in a panel; the 128-byte swizzle of TMA for BF16, a wider one for FP32 pairs.
 DEVICE int swizzle(int r, int c) {
@@ -70,27 +71,23 @@ DEVICE void store(const float (&sum)[HALVES][REGISTERS], char* staging, const Te
     constexpr int COLUMNS = REGISTERS * 2, FULL = 128 / ELEMENT;
     const int lane = threadIdx.x % 32;
     if constexpr (ASYNC_STORE) {
-        constexpr int PANELS = HALVES * COLUMNS / FULL;
-        if (lane == 0) bulk_wait_read();  // of this warp's previous tile
-        __syncwarp();
 #pragma unroll
-        for (int c = 0; c < HALVES * COLUMNS; c += 16)
-            write_panel<16>(&sum[c / COLUMNS][c % COLUMNS / 2], staging + c / FULL * PANEL_BYTES, c % FULL);
-        fence_async_proxy();
-        __syncwarp();
-        if (t.rows - row >= 16) {
-            if (lane == 0) {
+        for (int c = 0; c < HALVES * COLUMNS; c += FULL) {
+            char* panel = staging + c / FULL % 2 * PANEL_BYTES;
+            // The panel before the last was here; with an odd number of them, the last tile's last one was.
+            if (lane == 0) c == 0 && HALVES * COLUMNS / FULL % 2 ? bulk_wait_read<0>() : bulk_wait_read<1>();
+            __syncwarp();
 #pragma unroll
-                for (int i = 0; i < PANELS; ++i)
-                    if (t.column + column + i * FULL < p.n)
-                        tma_store(map_d, smem_address(staging) + i * PANEL_BYTES, t.column + column + i * FULL,
-                                  (int)t.d_row + row);
-                bulk_commit();
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < PANELS; ++i)
-                copy_panel<FULL>(staging + i * PANEL_BYTES, d, p, t, row, column + i * FULL);
+            for (int i = 0; i < FULL; i += 16)
+                write_panel<16>(&sum[(c + i) / COLUMNS][(c + i) % COLUMNS / 2], panel, i);
+            fence_async_proxy();
+            __syncwarp();
+            const int n = t.column + column + c;
+            if (t.rows - row < 16)
+                copy_panel<FULL>(panel, d, p, t, row, column + c);
+            else if (lane == 0 && n < p.n)
+                tma_store(map_d, smem_address(panel), n, (int)t.d_row + row);
+            if (lane == 0) bulk_commit();  // an empty group where nothing was stored, so that the count stays right
         }
     } else {
         constexpr int WIDTH = COLUMNS % FULL == 0 ? FULL : COLUMNS % 32 == 0 ? 32 : COLUMNS;

@@ -14,17 +14,15 @@ constexpr int NUM_B_SCALES = SCALE_B_BLOCK ? (BLOCK_N + 127) / 128 : BLOCK_N;
 constexpr int SCALE_STAGE = BLOCK_M + (NUM_B_SCALES + 3) / 4 * 4;  // floats
 
 // Columns of an accumulator that are sure to share one scale of B. A tile of 192 columns may start in the middle of a
-// 128-block, so its halves of 96 meet block boundaries at multiples of 32.
-constexpr int SCALE_RUN = BLOCK_N % 128 != 0 && BLOCK_N > 128 ? 32 : 128;
+// 128-block.
+constexpr int SCALE_RUN = BLOCK_N % 128 != 0 && BLOCK_N > 128 ? 64 : 128;
 
-// The scales of one accumulator, loaded while the tensor cores work. With 1x128 scales of B there is one for each pair of
-// columns that the thread holds; only where registers allow are they fetched ahead, else the promotion reads them.
+// The row scales of one accumulator, loaded while the tensor cores work; those of B's columns, two for each pair of
+// columns that a thread holds, would not fit beside them and are read as the promotion needs them.
 template <int COLUMNS>
 struct Scales {
     static constexpr int RUNS = SCALE_B_BLOCK && COLUMNS > SCALE_RUN ? COLUMNS / SCALE_RUN : 1;
-    static constexpr bool AHEAD = !SCALE_B_BLOCK && COLUMNS <= 96;
     float row_0[RUNS], row_1[RUNS];
-    float2 pairs[AHEAD ? COLUMNS / 8 : 1];
 
     // row: this thread's first row in the tile; column: the accumulator's first; offset: the tile's within its block.
     DEVICE void load(const float* scale_a, const float* scale_b, int row, int column, int offset) {
@@ -34,14 +32,6 @@ struct Scales {
             row_0[run] = scale_a[row] * block;
             row_1[run] = scale_a[row + 8] * block;
         }
-        if (AHEAD) {
-#pragma unroll
-            for (int i = 0; i < COLUMNS / 8; ++i) pairs[i] = pair(scale_b, column, i);
-        }
-    }
-    // Scales of columns 8 i + 2 (lane % 4) + {0, 1} of the accumulator.
-    DEVICE static float2 pair(const float* scale_b, int column, int i) {
-        return reinterpret_cast<const float2*>(scale_b + column)[4 * i + threadIdx.x % 4];
     }
 };
 
@@ -57,7 +47,8 @@ DEVICE void promote(float (&sum)[REGISTERS], const float (&part)[REGISTERS], con
             sum[i + 2] += s1 * part[i + 2];
             sum[i + 3] += s1 * part[i + 3];
         } else {
-            const float2 b = scales.AHEAD ? scales.pairs[i / 4] : scales.pair(scale_b, column, i / 4);
+            // Columns 2 i + 2 (lane % 4) + {0, 1} of the accumulator.
+            const float2 b = reinterpret_cast<const float2*>(scale_b + column)[i + threadIdx.x % 4];
             sum[i] += scales.row_0[0] * b.x * part[i];
             sum[i + 1] += scales.row_0[0] * b.y * part[i + 1];
             sum[i + 2] += scales.row_1[0] * b.x * part[i + 2];

@@ -25,16 +25,6 @@ DEVICE void mbarrier_arrive_expect_tx(u32 bar, u32 bytes) {
 DEVICE void mbarrier_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
-// Arrive on the barrier at the same offset in another CTA of the cluster (mapa, 9.7.9.23). Not .release.cluster: that
-// costs a GPU-wide memory barrier per arrival (a third of the speed), and what it would order, our reads of the stage,
-// is complete before the arrival by data dependence.
-DEVICE void mbarrier_arrive_remote(u32 bar, u32 cta_rank) {
-    asm volatile(
-        "{\n.reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar), "r"(cta_rank)
-        : "memory");
-}
 // Returns once the phase of this parity has completed.
 DEVICE void mbarrier_wait(u32 bar, u32 parity) {
     asm volatile(
@@ -55,13 +45,6 @@ DEVICE void tma_load(u32 dst, const TensorMap* map, int x, int y, u32 bar) {
             "r"(dst), "l"(map), "r"(x), "r"(y), "r"(bar)
         : "memory");
 }
-// The same box into the same offset of every CTA in `mask`, signalling the barrier at the same offset there.
-DEVICE void tma_load_multicast(u32 dst, const TensorMap* map, int x, int y, u32 bar, unsigned short mask) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-        " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(dst), "l"(map), "r"(x), "r"(y), "r"(bar), "h"(mask)
-        : "memory");
-}
 // The way back: a box of shared memory to (x, y), in this thread's bulk group (9.7.9.27.5.3).
 DEVICE void tma_store(const TensorMap* map, u32 src, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(src),
@@ -69,7 +52,10 @@ DEVICE void tma_store(const TensorMap* map, u32 src, int x, int y) {
                  : "memory");
 }
 DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-DEVICE void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }  // sources may be reused
+template <int PENDING>  // returns once at most the newest PENDING groups may still read their sources
+DEVICE void bulk_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}
 DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }  // 9.7.13.4 membar
 // cp.async (9.7.9.25.3.1): 4 bytes, or 4 zero bytes where `valid` is false (the source is then not read).
 DEVICE void cp_async_4(u32 dst, const void* src, bool valid) {
@@ -83,14 +69,13 @@ DEVICE void cp_async_arrive(u32 bar) {
 // ---- wgmma (9.7.15, Asynchronous Warpgroup Level Matrix Instructions) -----------------------------------------------
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING>  // returns once at most the newest PENDING groups are unfinished
-DEVICE void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
+DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
-// Shared-memory matrix descriptor, K-major with 128-byte swizzle (9.7.15.5.1.2): start address in units of 16 bytes,
-// stride between groups of 8 rows = 1024 bytes, swizzle mode 1 in bits 62-63. The high word never changes.
-DEVICE u64 matrix_descriptor(u32 address_div_16) { return ((u64)0x40000040u << 32) | 0x10000u | address_div_16; }
+// Shared-memory matrix descriptor, K-major with 128-byte swizzle (9.7.15.5.1.2). Its low word holds the address in
+// units of 16 bytes (below a leading offset that this swizzle ignores), so it moves through a tile by plain addition; the
+// high word never changes: 1024 bytes between groups of 8 rows, swizzle mode 1.
+DEVICE u32 matrix_address(u32 address) { return address >> 4 | 0x10000u; }
+DEVICE u64 matrix_descriptor(u32 low) { return ((u64)0x40000040u << 32) | low; }
 
 // d[64 x N] (+)= a[64 x 32] b[N x 32]^T with E4M3 inputs and FP32 accumulators; accumulate = 0 overwrites d. One
 // overload per N, told apart by the N / 2 accumulators that a thread holds.
@@ -126,17 +111,6 @@ DEVICE void wgmma(float (&d)[32], u64 a, u64 b, int accumulate) {
         : ACC32(d, 0)
         : "l"(a), "l"(b), "r"(accumulate));
 }
-DEVICE void wgmma(float (&d)[48], u64 a, u64 b, int accumulate) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n96k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-        "}, %48, %49, p, 1, 1;\n}"
-        : ACC32(d, 0), ACC8(d, 32), ACC8(d, 40)
-        : "l"(a), "l"(b), "r"(accumulate));
-}
 DEVICE void wgmma(float (&d)[64], u64 a, u64 b, int accumulate) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
@@ -149,23 +123,24 @@ DEVICE void wgmma(float (&d)[64], u64 a, u64 b, int accumulate) {
         : ACC32(d, 0), ACC32(d, 32)
         : "l"(a), "l"(b), "r"(accumulate));
 }
-// The same with A in registers, laid out as ldmatrix delivers it: two wgmma that share A read it once.
-DEVICE void wgmma(float (&d)[64], const u32 (&a)[4], u64 b, int accumulate) {
+DEVICE void wgmma(float (&d)[96], u64 a, u64 b, int accumulate) {
     asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n192k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n}"
-        : ACC32(d, 0), ACC32(d, 32)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+        "}, %96, %97, p, 1, 1;\n}"
+        : ACC32(d, 0), ACC32(d, 32), ACC32(d, 64)
+        : "l"(a), "l"(b), "r"(accumulate));
 }
 #undef ACC8
 #undef ACC32
 
-// ---- registers, barriers, clusters ----------------------------------------------------------------------------------
+// ---- registers -------------------------------------------------------------------------------------------------------
 template <int REGISTERS>
 DEVICE void take_registers() {  // 9.7.19.5 setmaxnreg
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
@@ -174,25 +149,12 @@ template <int REGISTERS>
 DEVICE void release_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
-DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }  // 9.7.13.4
-DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-DEVICE u32 cluster_cta_rank() {
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
 
 // ---- epilogue -------------------------------------------------------------------------------------------------------
 DEVICE u32 pack_bf16(float low, float high) {  // 9.7.9.22 cvt
     u32 r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
-}
-DEVICE void load_matrix_x4(u32 (&r)[4], u32 src) {  // 9.7.14.5.15 ldmatrix
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(src)
-                 : "memory");
 }
 DEVICE void store_matrix_x4(u32 dst, u32 r0, u32 r1, u32 r2, u32 r3) {  // 9.7.14.5.16 stmatrix
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(dst), "r"(r0), "r"(r1),

@@ -4,18 +4,10 @@
 //   M_GROUPED  rows of A and D split into groups at group_ends; group g multiplies B[g] (N x K)
 //   MASKED     A is [G, M, K], D is [G, M, N]; of each group only the first group_sizes[g] rows count
 //   K_GROUPED  D[g] = A[:, K_g] B[:, K_g]^T; group g owns a 128-aligned range K_g of the contraction axis
-//
-// A work item is one tile, or the pair of tiles that a cluster of two CTAs computes. A pair never spans two groups and
-// both its CTAs run the same number of k-blocks, so their barriers stay in step; a tile of the pair that lies outside
-// the group only has its store suppressed.
 #pragma once
 #include "ptx.cuh"
 
 enum { DENSE = 0, M_GROUPED = 1, MASKED = 2, K_GROUPED = 3 };
-
-constexpr int CLUSTER = CLUSTER_M * CLUSTER_N;
-constexpr int ITEM_M = BLOCK_M * CLUSTER_M;
-constexpr int ITEM_N = BLOCK_N * CLUSTER_N;
 
 DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -52,7 +44,7 @@ DEVICE void report(int* status, int code, int index, int value, int limit) {
     status[0] = code;
 }
 
-// Inclusive prefix sums over groups, by one warp: of m-items (M_GROUPED, MASKED) or of 128-blocks (K_GROUPED).
+// Inclusive prefix sums over groups, by one warp: of tiles along m (M_GROUPED, MASKED) or of 128-blocks (K_GROUPED).
 DEVICE void fill_group_table(const Problem& p, int* table, int* status) {
     const int lane = threadIdx.x % 32;
     const int limit = GROUPING == K_GROUPED ? p.k : p.m;
@@ -63,7 +55,7 @@ DEVICE void fill_group_table(const Problem& p, int* table, int* status) {
         if (g < p.num_groups) {
             int start, end;
             group_rows(p, limit, g, start, end);
-            count = ceil_div(end - start, GROUPING == K_GROUPED ? 128 : ITEM_M);
+            count = ceil_div(end - start, GROUPING == K_GROUPED ? 128 : BLOCK_M);
             const int given = __ldg(p.groups + g);
             const int before = GROUPING == MASKED || g == 0 ? 0 : __ldg(p.groups + g - 1);
             if (blockIdx.x == 0 && given != end) {
@@ -84,41 +76,37 @@ DEVICE void fill_group_table(const Problem& p, int* table, int* status) {
 struct Scheduler {
     const Problem& p;
     const int* table;
-    int items_n, num_items, group = 0;
-    int rank_m, rank_n;     // this CTA's place in its cluster
+    int tiles_n, num_tiles, group = 0;
 
     DEVICE Scheduler(const Problem& p, const int* table) : p(p), table(table) {
-        const int rank = CLUSTER == 1 ? 0 : (int)cluster_cta_rank();
-        rank_m = CLUSTER_M == 2 ? rank : 0;
-        rank_n = CLUSTER_N == 2 ? rank : 0;
-        items_n = ceil_div(p.n, ITEM_N);
-        if (GROUPING == DENSE) num_items = ceil_div(p.m, ITEM_M) * items_n;
-        if (GROUPING == M_GROUPED || GROUPING == MASKED) num_items = table[p.num_groups - 1] * items_n;
-        if (GROUPING == K_GROUPED) num_items = p.num_groups * ceil_div(p.m, ITEM_M) * items_n;
+        tiles_n = ceil_div(p.n, BLOCK_N);
+        if (GROUPING == DENSE) num_tiles = ceil_div(p.m, BLOCK_M) * tiles_n;
+        if (GROUPING == M_GROUPED || GROUPING == MASKED) num_tiles = table[p.num_groups - 1] * tiles_n;
+        if (GROUPING == K_GROUPED) num_tiles = p.num_groups * ceil_div(p.m, BLOCK_M) * tiles_n;
     }
 
-    // Items must be asked for in increasing order: the group only moves forward.
-    DEVICE Tile tile(int item) {
-        int first = 0, items_m, start = 0, end = p.m;
+    // Tiles must be asked for in increasing order: the group only moves forward.
+    DEVICE Tile tile(int index) {
+        int first = 0, tiles_m, start = 0, end = p.m;
         if (GROUPING == DENSE) {
-            items_m = ceil_div(p.m, ITEM_M);
+            tiles_m = ceil_div(p.m, BLOCK_M);
         } else if (GROUPING == K_GROUPED) {
-            items_m = ceil_div(p.m, ITEM_M);
-            group = item / (items_m * items_n);
-            first = group * items_m;
+            tiles_m = ceil_div(p.m, BLOCK_M);
+            group = index / (tiles_m * tiles_n);
+            first = group * tiles_m;
         } else {
-            while (item >= table[group] * items_n) ++group;
+            while (index >= table[group] * tiles_n) ++group;
             first = group == 0 ? 0 : table[group - 1];
-            items_m = table[group] - first;
+            tiles_m = table[group] - first;
             group_rows(p, p.m, group, start, end);
         }
-        // Bands of `band` items along m, swept along n: one wave of CTAs then shares few rows of A and of B.
-        const int local = item - first * items_n;
-        const int band_start = local / (p.band * items_n) * p.band;
-        const int band_width = min(p.band, items_m - band_start);
-        const int in_band = local - band_start * items_n;
-        const int m0 = (band_start + in_band % band_width) * ITEM_M + rank_m * BLOCK_M;
-        const int n0 = in_band / band_width * ITEM_N + rank_n * BLOCK_N;
+        // Bands of `band` tiles along m, swept along n: one wave of CTAs then shares few rows of A and of B.
+        const int local = index - first * tiles_n;
+        const int band_start = local / (p.band * tiles_n) * p.band;
+        const int band_width = min(p.band, tiles_m - band_start);
+        const int in_band = local - band_start * tiles_n;
+        const int m0 = (band_start + in_band % band_width) * BLOCK_M;
+        const int n0 = in_band / band_width * BLOCK_N;
 
         Tile t;
         t.column = n0;

@@ -1,0 +1,299 @@
+"""Expert-parallel layers over the GPUs of one host or more: time, bytes on the wire, overlap.
+
+    torchrun --nproc-per-node 8 -m benchmarks.expert_parallel --json results/expert_parallel.jsonl
+    torchrun --nproc-per-node 2 -m benchmarks.expert_parallel --shapes qwen3 --combine sums
+    torchrun --nproc-per-node 2 -m benchmarks.expert_parallel --tiny          # anywhere, over gloo
+
+Every size of expert-parallel group that divides the number of processes is measured, all groups of
+a size at the same time, so that all GPUs are busy. A rank has the same number of tokens at each
+size and, with uniform routing, its experts get about the same number of rows: weak scaling, with
+``efficiency`` = time at ep = 1 / time at ep. Times are medians of the slowest rank, of forward and
+backward of a layer whose routing is given and whose FP8 weights are cached. Columns:
+
+    fp8 MB        what a rank sends to others in the two dispatches (x and dy)
+    bf16 MB       what that would be in BF16
+    combine MB    what it sends in the two combines (y and dx), in BF16
+    fp8 ms        the dispatch of x alone, with the copies into its messages
+    bf16 ms       the same with x in BF16
+    comm ms       all messages of forward and backward with nothing else running
+    comm share    comm ms / ms: the share if nothing were hidden
+    hidden        1 - (ms - ms at ep = 1) / comm ms: the part of communication that costs no time
+    shared ms     a shared expert alone, forward and backward
+    overlap       the part of it that costs no time in a layer whose shared expert's forward runs
+                  while the tokens travel
+
+NVLink multicast is left off (NCCL_NVLS_ENABLE=0).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+import fp8moe
+from benchmarks import harness
+from fp8moe.functional.exchange import Exchange, FP8Message
+from fp8moe.functional.expert_parallel import Dispatched
+from fp8moe.modules import Experts, SharedExperts
+
+
+class Shape(NamedTuple):
+    tokens: int  # of each rank
+    topk: int
+    experts: int
+    experts_are_per_rank: bool
+    hidden: int
+    intermediate: int
+
+    def total_experts(self, ep: int) -> int:
+        return self.experts * ep if self.experts_are_per_rank else self.experts
+
+
+SHAPES = {
+    "dsv3": Shape(16384, 2, 8, True, 7168, 2048),
+    "qwen3": Shape(16384, 8, 128, False, 2048, 768),
+    "olmoe": Shape(16384, 8, 64, False, 2048, 1024),
+}
+"""A slice of DeepSeek-V3 with 8 experts on each rank, Qwen3-30B-A3B and OLMoE-1B-7B."""
+
+TINY = {
+    "dsv3": Shape(48, 2, 4, True, 256, 128),
+    "qwen3": Shape(48, 4, 8, False, 128, 128),
+    "olmoe": Shape(48, 4, 8, False, 128, 256),
+}
+
+COLUMNS = [
+    "shape", "ep", "combine", "ms", "efficiency", "fp8 MB", "bf16 MB", "combine MB", "fp8 ms",
+    "bf16 ms", "comm ms", "comm share", "hidden", "shared ms", "overlap",
+]  # fmt: skip
+
+
+class Clock:
+    """Times functions that all ranks run together: median over iterations, slowest rank."""
+
+    def __init__(self, device: torch.device, iterations: int) -> None:
+        self.device, self.iterations = device, iterations
+
+    def _once(self, fn: Callable[[], object]) -> float:
+        dist.barrier()
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            fn()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end)
+        start_s = time.perf_counter()
+        fn()
+        return 1e3 * (time.perf_counter() - start_s)
+
+    def ms(self, functions: dict[str, Callable[[], object]]) -> dict[str, float]:
+        """Milliseconds of each function, called in alternation."""
+        for fn in functions.values():
+            for _ in range(2):
+                fn()
+        times: dict[str, list[float]] = {name: [] for name in functions}
+        for _ in range(self.iterations):
+            for name, fn in functions.items():
+                times[name].append(self._once(fn))
+        medians = [statistics.median(t) for t in times.values()]
+        slowest = torch.tensor(medians, dtype=torch.float64, device=self.device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        return dict(zip(functions, slowest.tolist(), strict=True))
+
+
+def groups_of(ep: int) -> dist.ProcessGroup:
+    """This rank's group of `ep` neighbours; every rank makes all of them."""
+    mine = None
+    for first in range(0, dist.get_world_size(), ep):
+        members = list(range(first, first + ep))
+        group = dist.new_group(members)
+        if dist.get_rank() in members:
+            mine = group
+    assert mine is not None
+    return mine
+
+
+class Layer:
+    """One expert layer on this rank, its inputs, and the functions that are timed."""
+
+    def __init__(self, shape: Shape, ep: int, combine: Any, device: torch.device) -> None:
+        torch.manual_seed(dist.get_rank())
+        self.shape, self.ep, h = shape, ep, shape.hidden
+        total = shape.total_experts(ep)
+        spread = {"ep_group": groups_of(ep), "combine": combine} if ep > 1 else {}
+        options = {"device": device, "dtype": torch.bfloat16}
+        self.experts = Experts(total, h, shape.intermediate, **options, **spread)
+        self.shared = SharedExperts(h, shape.intermediate, **options)
+        scores = torch.rand(shape.tokens, total, device=device)
+        self.ids = scores.topk(shape.topk, dim=-1).indices
+        self.weights = torch.rand(shape.tokens, shape.topk, device=device).requires_grad_()
+        self.x = torch.randn(shape.tokens, h, **options).requires_grad_()
+        self.dy = torch.randn(shape.tokens, h, **options)
+        self.inputs = [self.x, self.weights, *self.experts.parameters()]
+        self.exchange: Exchange | None = None
+        if ep > 1:
+            tokens: Dispatched = self.experts.dispatch(self.x, self.ids, self.weights)
+            tokens.wait()
+            self.exchange = tokens.exchange
+            self._buffers(self.exchange)
+
+    def _buffers(self, exchange: Exchange) -> None:
+        """What the messages carry, made once: their contents do not matter."""
+        h, k = self.shape.hidden, self.shape.topk
+        with torch.no_grad():
+            self.x8 = fp8moe.quant.per_token(self.x)
+            self.ids32 = self.ids.int()
+            rows = len(exchange.permutation.slot_of_row)
+            self.y_rows = torch.zeros(rows, h, dtype=torch.bfloat16, device=self.x.device)
+            self.dp = torch.zeros(sum(exchange.rows.of), k, device=self.x.device)
+
+    def step(self) -> None:
+        y = self.experts(self.x, self.ids, self.weights)
+        torch.autograd.grad(y, self.inputs, self.dy)
+
+    def shared_step(self) -> None:
+        torch.autograd.grad(self.shared(self.x), [self.x, *self.shared.parameters()], self.dy)
+
+    def step_with_shared(self) -> None:
+        tokens = self.experts.dispatch(self.x, self.ids, self.weights)
+        y = self.shared(self.x)
+        y = y + self.experts(self.x, self.ids, self.weights, tokens)
+        torch.autograd.grad(y, [*self.inputs, *self.shared.parameters()], self.dy)
+
+    def _need(self) -> Exchange:
+        assert self.exchange is not None
+        return self.exchange
+
+    def dispatch_fp8(self) -> None:
+        FP8Message.start(self._need(), self.x8, self.weights.detach(), self.ids32).wait()
+
+    def dispatch_bf16(self) -> None:
+        exchange = self._need()
+        data = exchange.send_rows(self.x.detach())
+        side = exchange.send_side(self.weights.detach(), self.ids32)
+        data.wait()
+        side.wait()
+
+    def communication(self) -> None:
+        """Every message of forward and backward, the sizes' included, one after the other."""
+        exchange = self._need()
+        Exchange.plan(self.ids, self.experts.num_experts, exchange.group, exchange.combine)
+        self.dispatch_fp8()
+        exchange.return_rows(self.y_rows).wait()
+        FP8Message.start(exchange, self.x8).wait()
+        exchange.return_slots(self.dp).wait()
+        exchange.return_rows(self.y_rows).wait()
+
+
+def wire_bytes(exchange: Exchange, shape: Shape) -> dict[str, float]:
+    """MB that this rank sends to other ranks in forward and backward of one layer."""
+    me, h = exchange.group.rank(), shape.hidden
+    rows = sum(n for r, n in enumerate(exchange.rows.to) if r != me)
+    returned = exchange.slots.of if exchange.combine == "rows" else exchange.rows.of
+    back = sum(n for r, n in enumerate(returned) if r != me)
+    scales, routing = h // 128 * 4, shape.topk * 8
+    return {
+        "fp8 MB": rows * (2 * (h + scales) + routing) / 1e6,
+        "bf16 MB": rows * (2 * (2 * h) + routing) / 1e6,
+        "combine MB": back * 2 * (2 * h) / 1e6,
+    }
+
+
+def measure(
+    label: str, shape: Shape, ep: int, combine: str, clock: Clock, alone_ms: float | None
+) -> dict[str, object]:
+    """One row of the table. alone_ms: `ms` at ep = 1, None if this is it."""
+    layer = Layer(shape, ep, combine, clock.device)
+    timed = {
+        "layer": layer.step,
+        "shared": layer.shared_step,
+        "both": layer.step_with_shared,
+    }
+    if layer.exchange is not None:
+        timed |= {
+            "fp8": layer.dispatch_fp8,
+            "bf16": layer.dispatch_bf16,
+            "comm": layer.communication,
+        }
+    ms = clock.ms(timed)
+    row: dict[str, object] = {
+        "shape": label, "ep": ep, "combine": combine if ep > 1 else "", "ms": ms["layer"],
+        "shared ms": ms["shared"],
+        "overlap": (ms["layer"] + ms["shared"] - ms["both"]) / ms["shared"],
+    }  # fmt: skip
+    if alone_ms is not None:
+        row["efficiency"] = alone_ms / ms["layer"]
+    if layer.exchange is not None:
+        row |= wire_bytes(layer.exchange, shape)
+        row |= {"fp8 ms": ms["fp8"], "bf16 ms": ms["bf16"], "comm ms": ms["comm"]}
+        row["comm share"] = ms["comm"] / ms["layer"]
+        if alone_ms is not None:
+            row["hidden"] = 1 - (ms["layer"] - alone_ms) / ms["comm"]
+    return row
+
+
+def ep_sizes(world: int, wanted: list[int] | None) -> list[int]:
+    """Sizes of expert-parallel groups to measure: powers of two that divide the world.
+
+    Raises: SystemExit for a wanted size that does not divide it.
+    """
+    if wanted is None:
+        return [n for n in (1 << i for i in range(world.bit_length())) if world % n == 0]
+    for n in wanted:
+        if n < 1 or world % n:
+            raise SystemExit(f"--ep: expected divisors of the {world} processes, got {n}")
+    return sorted(set(wanted))
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    top.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["dsv3", "qwen3"])
+    top.add_argument("--ep", nargs="+", type=int, help="sizes of the group; default: all that fit")
+    top.add_argument("--combine", nargs="+", choices=["rows", "sums"], default=["rows", "sums"])
+    top.add_argument("--iterations", type=int, default=20)
+    top.add_argument("--tiny", action="store_true", help="small sizes: shows that it runs, no more")
+    top.add_argument("--json", metavar="FILE", help="append one JSON object per row")
+    return top
+
+
+def main() -> None:
+    args = parser().parse_args()
+    if "RANK" not in os.environ:
+        raise SystemExit("expected to be started by torchrun (see --help and the docstring)")
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    world = dist.get_world_size()
+    clock = Clock(device, args.iterations)
+    for label in args.shapes:
+        shape = (TINY if args.tiny else SHAPES)[label]
+        rows: list[dict[str, object]] = []
+        alone_ms: float | None = None
+        for ep in ep_sizes(world, args.ep):
+            for combine in args.combine if ep > 1 else args.combine[:1]:
+                row = measure(label, shape, ep, combine, clock, alone_ms)
+                rows.append({**row, "world": world})
+                if ep == 1:
+                    alone_ms = float(str(row["ms"]))
+                fp8moe.clear_weight_cache()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+        if dist.get_rank() == 0:
+            print(harness.table(rows, COLUMNS), end="\n\n", flush=True)
+            harness.append_json(args.json, rows)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

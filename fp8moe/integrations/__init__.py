@@ -1,0 +1,1 @@
+"""Adapters to other frameworks. Each imports its framework when it is used, not before."""

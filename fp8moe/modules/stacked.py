@@ -1,0 +1,135 @@
+"""Experts kept as `gate_up_proj` (E, 2I, H) and `down_proj` (E, H, I): Hugging Face's layout.
+
+A module of this kind takes hidden states and a finished routing. Transformers describes its
+variants by attributes (`has_gate`, `has_bias`, `is_transposed`, `is_concatenated`) and by a method
+`_apply_gate`, which a class overrides for anything but activation(gate) * up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fp8moe.config import FP8Config
+from fp8moe.functional import swiglu_experts
+from fp8moe.functional.arguments import FLOATS, check_config
+
+
+def is_silu(activation: Any) -> bool:
+    """Whether an activation, a module or a function, is SiLU (also called swish)."""
+    # Transformers has a SiLU module of its own, which this layer may not import.
+    return (
+        isinstance(activation, nn.SiLU)
+        or activation is F.silu
+        or type(activation).__name__ == "SiLUActivation"
+    )
+
+
+def _name(activation: Any) -> str:
+    return getattr(activation, "__name__", type(activation).__name__)
+
+
+def unsupported(experts: nn.Module) -> str | None:
+    """Why swiglu_experts does not compute what this module does; None if it does.
+
+    Args:
+        experts: a module in this layout, or one of its variants.
+    """
+    found = []
+    if not getattr(experts, "has_gate", True):
+        found.append("experts without a gate projection")
+    if getattr(experts, "has_bias", False):
+        found.append("biases")
+    if getattr(experts, "is_transposed", False):
+        found.append("transposed weights (E, H, 2I) and (E, I, H)")
+    if not getattr(experts, "is_concatenated", True):
+        found.append("interleaved gate and up rows")
+    gating = getattr(type(experts), "_apply_gate", None)
+    activation = getattr(experts, "act_fn", None)
+    if gating is not None and gating.__name__ != "_default_apply_gate":
+        found.append("a gating function of its own (a clamp or the like)")
+    elif not is_silu(activation):
+        found.append(f"activation {_name(activation)}")
+    if found:
+        return f"{', '.join(found)}; expected silu(gate) * up with (E, 2I, H) and (E, H, I)"
+    for name in ("gate_up_proj", "down_proj"):
+        weight = getattr(experts, name, None)
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 3:
+            return f"{name}: {_name(weight)}; expected a 3-dimensional tensor"
+        if weight.dtype not in FLOATS:
+            return f"{name} in {weight.dtype}; expected bfloat16, float16 or float32"
+    return None
+
+
+def stacked_experts(
+    experts: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    config: FP8Config,
+) -> torch.Tensor:
+    """swiglu_experts with the weights of `experts`, in the dtype of `hidden_states`.
+
+    Args:
+        experts: with gate_up_proj (E, 2I, H) and down_proj (E, H, I).
+        hidden_states: (T, H).
+        top_k_index: (T, K) integers, 0 to E; E itself drops the slot.
+        top_k_weights: (T, K).
+
+    Raises: ValueError naming the class and what it has that swiglu_experts does not.
+    """
+    reason = unsupported(experts)
+    if reason is not None:
+        raise ValueError(f"{type(experts).__name__}: fp8moe does not support {reason}")
+    w13: Any = experts.gate_up_proj
+    w2: Any = experts.down_proj
+    y = swiglu_experts(hidden_states, top_k_index, top_k_weights, w13, w2, config=config)
+    return y.to(hidden_states.dtype)
+
+
+class StackedExperts(nn.Module):
+    """y[t] = sum_k top_k_weights[t, k] (silu(g) * u) down_proj[e]^T, [g | u] = x gate_up_proj[e]^T.
+
+    Takes the place of a module in this layout and keeps its Parameter objects under their names:
+    state dicts, optimizers and adapters that know them stay valid.
+
+    Args:
+        experts: the module to replace.
+        config: precision of each GEMM; may be replaced later.
+
+    Raises: ValueError naming the class and what it has that swiglu_experts does not.
+    """
+
+    has_gate = True
+    has_bias = False
+    is_transposed = False
+    is_concatenated = True
+
+    def __init__(self, experts: nn.Module, config: FP8Config) -> None:
+        super().__init__()
+        check_config(config)
+        reason = unsupported(experts)
+        if reason is not None:
+            raise ValueError(f"{type(experts).__name__}: fp8moe does not support {reason}")
+        weights: Any = experts
+        self.gate_up_proj, self.down_proj = weights.gate_up_proj, weights.down_proj
+        self.act_fn = nn.SiLU()
+        self.num_experts = weights.down_proj.shape[0]
+        self.fp8_config = config
+        self.training = experts.training
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        return stacked_experts(self, hidden_states, top_k_index, top_k_weights, self.fp8_config)
+
+    def extra_repr(self) -> str:
+        e, hidden, intermediate = self.down_proj.shape
+        c = self.fp8_config
+        return (
+            f"num_experts={e}, hidden_size={hidden}, intermediate_size={intermediate}, "
+            f"fprop={c.fprop}, dgrad={c.dgrad}, wgrad={c.wgrad}"
+        )

@@ -1,0 +1,68 @@
+"""The benchmark of expert parallelism: its code path at tiny sizes, and its arithmetic."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.expert_parallel import COLUMNS, TINY, ep_sizes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*command, "--nproc-per-node=2", "-m", "benchmarks.expert_parallel", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.dist
+def test_two_processes(tmp_path: Path) -> None:
+    file = tmp_path / "out" / "rows.jsonl"
+    done = torchrun("--tiny", "--iterations=1", "--shapes=qwen3", f"--json={file}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(r["ep"], r["combine"]) for r in rows] == [(1, ""), (2, "rows"), (2, "sums")]
+    alone, by_row, by_token = rows
+    for row in (by_row, by_token):
+        assert row.keys() >= set(COLUMNS) and row["world"] == 2 and row["gpu"] == "none"
+        assert row["efficiency"] == pytest.approx(alone["ms"] / row["ms"])
+        # Per row: two of H bytes and H / 128 scales against two of 2 H, and K weights and ids.
+        h, k = TINY["qwen3"].hidden, TINY["qwen3"].topk
+        fp8, bf16 = 2 * (h + h // 128 * 4) + 8 * k, 4 * h + 8 * k
+        assert row["fp8 MB"] / row["bf16 MB"] == pytest.approx(fp8 / bf16)
+    assert by_token["combine MB"] < by_row["combine MB"]
+    table = done.stdout.splitlines()
+    assert table[0].split()[:4] == ["shape", "ep", "combine", "ms"] and len(table) >= 4
+
+
+def test_sizes_of_groups() -> None:
+    assert ep_sizes(8, None) == [1, 2, 4, 8]
+    assert ep_sizes(6, None) == [1, 2]
+    assert ep_sizes(8, [4, 2, 4]) == [2, 4]
+    for wrong in (0, 3):
+        with pytest.raises(SystemExit, match=f"--ep: expected divisors of the 8.* got {wrong}"):
+            ep_sizes(8, [wrong])
+
+
+def test_outside_of_torchrun() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.expert_parallel"],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "RANK"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode != 0 and "expected to be started by torchrun" in done.stderr

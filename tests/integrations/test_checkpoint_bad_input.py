@@ -1,0 +1,170 @@
+"""Models that cannot be exported, and checkpoints that cannot be loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_models import SIZES, build, configs, files
+
+import fp8moe
+from fp8moe.integrations.checkpoint import (
+    export_fp8_checkpoint,
+    load_fp8_checkpoint,
+    model_from_fp8_checkpoint,
+)
+
+transformers = pytest.importorskip("transformers")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+# -------------------------------------------------------------------------------- bad input, export
+
+
+def _with_lora() -> Any:
+    model = build()
+    fp8moe.freeze_experts(model, lora_rank=8)
+    return model
+
+
+def _with_nan() -> Any:
+    model = build()
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[2, 3, 4] = torch.nan
+    return model
+
+
+def _meta() -> Any:
+    with torch.device("meta"):
+        return build()
+
+
+def _narrow() -> Any:
+    config = configs()["qwen3_moe"]
+    config.moe_intermediate_size = 96
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def _gelu() -> Any:
+    config = configs()["mixtral"]
+    config.hidden_act = "gelu"
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def _dense() -> Any:
+    return transformers.AutoModelForCausalLM.from_config(
+        transformers.Qwen3Config(**SIZES, intermediate_size=128, head_dim=64)
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_with_lora, r"layers\.0\.mlp\.experts: has low-rank updates; fp8moe\.merge_adapters"),
+        (_with_nan, r"layers\.1\.mlp\.experts\.2\.down_proj\.weight: expected finite weights"),
+        (_meta, "on the meta device"),
+        (_narrow, r"layers\.0\.mlp\.experts: intermediate_size: .* got 96"),
+        (_gelu, "fp8moe does not support activation"),
+        (_dense, "expected expert layers in Qwen3ForCausalLM, found none"),
+    ],
+)
+def test_models_that_cannot_be_exported(tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        export_fp8_checkpoint(make(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_overwrites_nothing(tmp_path):
+    export_fp8_checkpoint(build(), tmp_path / "out")
+    before = files(tmp_path / "out")
+    with pytest.raises(FileExistsError):
+        export_fp8_checkpoint(build("mixtral"), tmp_path / "out")
+    assert files(tmp_path / "out") == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+# -------------------------------------------------------------------------------- bad input, import
+
+SCALE = "model.layers.1.mlp.experts.0.gate_proj.weight_scale_inv"
+WEIGHT = SCALE.removesuffix("_scale_inv")
+NORM = "model.norm.weight"
+
+
+def _drop(name):
+    return lambda t: {k: v for k, v in t.items() if k != name}
+
+
+def _change(name, change):
+    return lambda t: {**t, name: change(t[name])}
+
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "missing scale": (_drop(SCALE), f"{SCALE}: missing, the scale of an FP8 weight"),
+    "missing weight": (_drop(WEIGHT), f"{WEIGHT}: missing"),
+    "missing norm": (_drop(NORM), f"{NORM}: missing"),
+    "unknown tensor": (lambda t: {**t, "extra.weight": torch.ones(2)}, "extra.weight: not in the"),
+    "scale left over": (
+        lambda t: {**t, f"{NORM}_scale_inv": torch.ones(1, 1)},
+        f"{NORM}_scale_inv: not in the model",
+    ),
+    "BF16 expert": (_change(WEIGHT, lambda w: w.bfloat16()), f"{WEIGHT}: expected dtype F8_E4M3"),
+    "scale in FP64": (_change(SCALE, lambda s: s.double()), f"{SCALE}: expected dtype F32 or"),
+    "finer scales": (
+        _change(SCALE, lambda s: s.repeat_interleave(2, 0).contiguous()),
+        rf"{SCALE}: expected shape \(1, 1\) for 128 x 128 blocks",
+    ),
+    "transposed norm": (_change(NORM, lambda w: w[:64].clone()), rf"{NORM}: expected shape"),
+    "integer norm": (_change(NORM, lambda w: w.int()), f"{NORM}: expected torch.bfloat16, got I32"),
+    "infinite scale": (_change(SCALE, lambda s: s / 0), f"{SCALE}: expected finite scales"),
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_checkpoints_are_refused_before_anything_is_loaded(tmp_path, case, frozen):
+    model = build()
+    if frozen:
+        fp8moe.freeze_experts(model)
+    export_fp8_checkpoint(build(), tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    change, message = BROKEN[case]
+    stored = change(safetensors_torch.load_file(path))
+    safetensors_torch.save_file(stored, path, metadata={"format": "pt"})
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_fp8_checkpoint(model, tmp_path / "out")
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_another_quantization_and_another_model_are_refused(tmp_path):
+    export_fp8_checkpoint(build(), tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["weight_block_size"] = [64, 64]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"weight_block_size: expected \[128, 128\]"):
+        model_from_fp8_checkpoint(tmp_path / "out")
+    del config["quantization_config"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="got a checkpoint without one"):
+        load_fp8_checkpoint(build(), tmp_path / "out")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected config\.json"):
+        load_fp8_checkpoint(build(), tmp_path / "out")
+    export_fp8_checkpoint(build(), tmp_path / "other")
+    with pytest.raises(
+        ValueError, match=r"does not fit the model:\n.*missing(.*\n)+ *and \d+ more"
+    ):
+        load_fp8_checkpoint(build("mixtral"), tmp_path / "other")
+
+
+def test_meta_tensors_need_a_device_and_a_value(tmp_path):
+    export_fp8_checkpoint(build(), tmp_path / "out")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(configs()["qwen3_moe"])
+    with pytest.raises(ValueError, match="device: expected one"):
+        load_fp8_checkpoint(model, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"inv_freq: is on the meta device and not in a check"):
+        load_fp8_checkpoint(model, tmp_path / "out", device="cpu")

@@ -1,0 +1,248 @@
+"""The experts implementation fp8moe: against eager experts, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import (
+    BF16,
+    CONFIGS,
+    LOGITS_DB,
+    SIZES,
+    E,
+    H,
+    I,
+    K,
+    build,
+    failures,
+    huggingface,
+    run,
+    tokens,
+    transformers,
+)
+
+from fp8moe import testing
+from fp8moe.config import FP8Config
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_results_are_those_of_the_eager_experts(device, kind):
+    model = build(kind).to(device)
+    ids = tokens(device)
+    eager = run(model, "eager", ids)
+    assert not failures(run(model, BF16, ids), eager, gates=(35.0, 38.0, 33.0))
+    assert not failures(run(model, "fp8moe", ids), eager)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_planted_error_fails_the_gates(device, kind):
+    model = build(kind).to(device)
+    ids = tokens(device)
+    eager = run(model, "eager", ids)
+    with torch.no_grad():
+        for name, w in model.named_parameters():
+            if name.endswith("gate_up_proj"):
+                w[0, I:].neg_()
+    failed = failures(run(model, "fp8moe", ids), eager)
+    assert "logits" in failed
+    assert sum(name.endswith("_proj") and "experts" in name for name in failed) >= 2
+
+
+def test_bf16_models(device):
+    model = build().to(device, torch.bfloat16)
+    ids = tokens(device)
+    eager = run(model, "eager", ids)
+    result = run(model, "fp8moe", ids)
+    assert result[0].dtype == torch.bfloat16
+    assert not failures(result, eager, gates=(20.0, 20.0, 15.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_dtype_of_the_hidden_states_comes_back_also_under_autocast(device, dtype):
+    experts = build().model.layers[0].mlp.experts.to(device)
+    x = torch.randn(10, H, device=device, dtype=dtype)
+    ids, weights = testing.random_topk(10, K, E, 0, device=device)
+    assert experts(x, ids, weights.to(dtype)).dtype == dtype
+    with torch.autocast(device.type, torch.bfloat16):
+        assert experts(x, ids, weights.to(dtype)).dtype == dtype
+
+
+def test_autocast(device):
+    model = build().to(device)
+    ids = tokens(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        eager = run(model, "eager", ids)
+        result = run(model, "fp8moe", ids)
+    assert result[1]["model.layers.0.mlp.experts.down_proj"].dtype == torch.float32
+    assert not failures(result, eager, gates=(20.0, 20.0, 15.0))
+
+
+# --------------------------------------------------------------------------------- other classes
+
+
+def interface_classes():
+    """Every experts class of transformers that uses the interface: (module, name)."""
+    found = []
+    for file in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+        pattern = r"@use_experts_implementation(?:\([^)]*\))?\nclass (\w+)"
+        for name in re.findall(pattern, file.read_text(encoding="utf-8")):
+            found.append((f"transformers.models.{file.parent.name}.{file.stem}", name))
+    return found
+
+
+REFUSED = {
+    "DeepseekV4Experts": "a gating function of its own",
+    "Glm5NextTextExperts": "a gating function of its own",
+    "GptOssExperts": "biases, transposed weights .*, interleaved .*, a gating function of its own",
+    "HYV4Experts": "a gating function of its own",
+    "MiniMaxM3VLExperts": "a gating function of its own",
+    "NemotronHExperts": "experts without a gate projection",
+    "OpenAIPrivacyFilterExperts": "biases, transposed weights .*, a gating function of its own",
+}
+
+
+def any_config(**changes):
+    """Every name under which a model's config has these sizes."""
+    sizes = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), E)
+    sizes |= dict.fromkeys(("moe_num_experts",), E) | {"hidden_size": H, "moe_latent_size": None}
+    sizes |= dict.fromkeys(("intermediate_size", "moe_intermediate_size"), I)
+    acts = dict.fromkeys(("hidden_act", "hidden_activation", "mlp_hidden_act"), "silu")
+    limits = {"swiglu_limit": 7.0, "swiglu_alpha": 1.7, "mlp_bias": False}
+    implementation = {"_experts_implementation": BF16}
+    return SimpleNamespace(**{**sizes, **acts, **limits, **implementation, **changes})
+
+
+def test_every_class_of_the_interface_works_or_is_refused_by_name():
+    x = torch.randn(12, H)
+    ids, weights = testing.random_topk(12, K, E, 0)
+    refused = {}
+    classes = interface_classes()
+    for module, name in classes:
+        settings = any_config()
+        try:
+            kind = getattr(importlib.import_module(module), name)
+        except ImportError as error:  # a model whose own extras are not installed
+            pytest.fail(f"{module}: {error}")
+        experts = kind(settings)
+        for p in experts.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        settings._experts_implementation = "eager"
+        expected = experts(x, ids, weights)
+        settings._experts_implementation = BF16
+        try:
+            y = experts(x, ids, weights)
+        except ValueError as error:
+            refused[name] = str(error)
+            continue
+        assert testing.sqnr_db(y.detach(), expected.detach()) > 40, name
+    assert len(classes) - len(refused) >= 30
+    assert set(refused) <= set(REFUSED), refused
+    for name, message in refused.items():
+        assert re.match(f"{name}: fp8moe does not support {REFUSED[name]}", message), message
+
+
+def test_other_activations_are_refused_by_name():
+    model = build("mixtral", hidden_act="gelu")
+    with pytest.raises(ValueError, match="MixtralExperts: fp8moe does not support activation GELU"):
+        model(tokens())
+
+
+def test_refused_before_any_work(monkeypatch):
+    gpt_oss = transformers.GptOssConfig(
+        **SIZES, num_hidden_layers=1, num_local_experts=E, head_dim=64
+    )
+    model = transformers.AutoModelForCausalLM.from_config(gpt_oss, experts_implementation="fp8moe")
+    monkeypatch.setattr("fp8moe.modules.stacked.swiglu_experts", None)
+    with pytest.raises(ValueError, match="GptOssExperts: fp8moe does not support biases"):
+        model(tokens())
+
+
+def test_sizes_that_the_gemms_cannot_take_are_refused():
+    model = build(moe_intermediate_size=136)
+    with pytest.raises(ValueError, match="w2: I, in FP8: expected a multiple of 16, got 136"):
+        model(tokens())
+    model.set_experts_implementation(BF16)
+    model(tokens())
+
+
+def test_fp8_weights_of_transformers_are_refused():
+    from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+
+    model = build(implementation="eager")
+    settings = transformers.FineGrainedFP8Config()
+    model = replace_with_fp8_linear(model, ["lm_head", "gate"], settings)
+    model.set_experts_implementation("fp8moe")
+    experts = model.model.layers[0].mlp.experts
+    with pytest.raises(ValueError, match=r"FP8Experts: .*FineGrainedFP8Config\(dequantize=True\)"):
+        experts(torch.randn(4, H), *testing.random_topk(4, K, E, 0))
+
+
+# ---------------------------------------------------------------------- sentinel, registration
+
+
+def test_the_sentinel_of_expert_parallelism_gives_zero_rows(device):
+    experts = build().model.layers[0].mlp.experts.to(device)
+    torch.nn.init.normal_(experts.gate_up_proj, std=0.1)
+    torch.nn.init.normal_(experts.down_proj, std=0.1)
+    x = torch.randn(40, H, device=device, requires_grad=True)
+    ids, weights = testing.random_topk(40, K, E, 3, dropped=0.5, device=device)
+    ids[:4] = E
+    ids[4:8] = torch.tensor([[0, E]], device=device)
+    weights.requires_grad_()
+    y = experts(x, ids, weights)
+    y.backward(torch.randn_like(y))
+    nothing = (ids == E).all(dim=1)
+    assert not y[nothing].any() and not x.grad[nothing].any()
+    assert not weights.grad[ids == E].any()
+    some = ~nothing
+    assert y[some].abs().amax(1).min() > 0 and weights.grad[ids != E].abs().min() > 0
+
+    got = x.grad.clone(), experts.down_proj.grad.clone()
+    experts.zero_grad()
+    x.grad = None
+    kept = weights.detach().masked_fill(ids == E, 0.0)
+    experts.config._experts_implementation = "eager"
+    expected = experts(x, ids.clamp(max=E - 1), kept)
+    expected.backward(torch.ones_like(expected))
+    assert testing.sqnr_db(y.detach(), expected.detach()) > LOGITS_DB
+    assert got[0][some].abs().amax(1).min() > 0 and got[1].abs().sum() > 0
+
+
+def test_a_registered_config_is_what_runs():
+    model = build()
+    ids = tokens()
+    expected = run(model, "fp8moe", ids)[0]
+    fprop = FP8Config(fprop="bf16")
+    assert huggingface.register(fprop, name="fp8moe_test") == "fp8moe_test"
+    assert not torch.equal(run(model, "fp8moe_test", ids)[0], expected)
+    assert torch.equal(run(model, "fp8moe_test", ids)[0], run(model, BF16, ids)[0])
+    huggingface.register(name="fp8moe_test")
+    assert torch.equal(run(model, "fp8moe_test", ids)[0], expected)
+    fp32_scales = huggingface.register(FP8Config(pow2_scales=False), name="fp8moe_test")
+    assert not torch.equal(run(model, fp32_scales, ids)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["eager", "grouped_mm", "batched_mm"])
+def test_names_of_transformers_are_not_overwritten(name):
+    with pytest.raises(ValueError, match=f"name: '{name}' is an implementation of transformers"):
+        huggingface.register(name=name)
+
+
+def test_a_wrong_config_is_refused():
+    with pytest.raises(ValueError, match="config: expected an FP8Config, got 'bf16'"):
+        huggingface.register("bf16")
+
+
+def test_missing_or_old_transformers(monkeypatch):
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.6.2")
+    with pytest.raises(ImportError, match=r"expected 5.7 or newer, got 5.6.2.*fp8moe\[hf\]"):
+        huggingface.register()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"needs transformers: pip install 'fp8moe\[hf\]'"):
+        huggingface.register()

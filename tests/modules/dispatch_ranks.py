@@ -1,0 +1,125 @@
+"""The processes that the checks of expert parallelism run in.
+
+python tests/modules/dispatch_ranks.py RANK SIZE FOLDER DEVICE     # one of the processes
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+E, K, H, I = 8, 3, 128, 128  # noqa: E741
+TIMEOUT_S = 100
+
+
+class Ranks:
+    """This process and the others."""
+
+    def __init__(self, rank: int, size: int, device: str, folder: Path) -> None:
+        self.rank, self.size, self.folder = rank, size, folder
+        self.device = torch.device(device, rank) if device == "cuda" else torch.device(device)
+        self.group = dist.group.WORLD
+        self.experts = slice(rank * E // size, (rank + 1) * E // size)
+
+    def tokens(self, total: int) -> slice:
+        """This rank's part of a batch: uneven, and none on rank 1."""
+        shares = torch.tensor([3, 0, 5, 1, 2, 2, 7, 1][: self.size])
+        ends = (shares.cumsum(0) * total // shares.sum()).tolist()
+        return slice(([0, *ends])[self.rank], ends[self.rank])
+
+    def even(self, total: int) -> slice:
+        return slice(self.rank * total // self.size, (self.rank + 1) * total // self.size)
+
+
+CHECKS: dict[str, Callable[[Ranks], None]] = {}
+
+
+def check(fn: Callable[[Ranks], None]) -> Callable[[Ranks], None]:
+    CHECKS[fn.__name__] = fn
+    return fn
+
+
+def any_rank(ranks: Ranks, value: bool) -> bool:
+    flag = torch.tensor(float(value), device=ranks.device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def run_checks(rank: int, size: int, folder: Path, device: str) -> None:
+    """All checks in order; their outcomes go to FOLDER/SIZE-RANK.json.
+
+    The first failure ends the process, and through the broken connections the others: after it the
+    ranks would no longer be at the same place.
+    """
+    import dispatch_layer_checks  # noqa: F401  (they enter themselves into CHECKS)
+    import dispatch_model_checks  # noqa: F401
+
+    torch.set_num_threads(1)
+    backend = "nccl" if device == "cuda" else "gloo"
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    store = dist.FileStore(str(folder / f"store-{size}"), size)
+    limit = datetime.timedelta(seconds=TIMEOUT_S)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    ranks = Ranks(rank, size, device, folder)
+    outcome: dict[str, str] = {}
+    path = folder / f"outcome-{size}-{rank}.json"
+    for name, fn in CHECKS.items():
+        try:
+            fn(ranks)
+            dist.barrier()
+            outcome[name] = "passed"
+        except BaseException:
+            outcome[name] = traceback.format_exc()
+        path.write_text(json.dumps(outcome))
+        if outcome[name] != "passed":
+            os._exit(1)
+    dist.destroy_process_group()
+
+
+def launch(size: int, folder: Path, device: str) -> list[dict[str, str]]:
+    """The outcomes of all checks, {check: "passed" or a traceback}, on each of `size` ranks."""
+    root = Path(__file__).resolve().parents[2]
+    # NVLink multicast is of no use here, and not every host offers it.
+    settings = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(size), str(folder), device],
+            env={**os.environ, **settings},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    texts = []
+    try:
+        for process in processes:
+            texts.append(process.communicate(timeout=2 * TIMEOUT_S)[0])
+    except subprocess.TimeoutExpired:
+        texts.append(f"no end after {2 * TIMEOUT_S} s")
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    paths = [folder / f"outcome-{size}-{rank}.json" for rank in range(size)]
+    outcomes = [json.loads(path.read_text()) if path.exists() else {} for path in paths]
+    if not all(outcomes):
+        raise RuntimeError("a process did not start:\n" + "\n".join(texts)[-4000:])
+    return outcomes
+
+
+if __name__ == "__main__":
+    # Under its own name, which the checks import, and not as __main__.
+    import dispatch_ranks
+
+    dispatch_ranks.run_checks(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

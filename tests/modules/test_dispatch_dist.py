@@ -1,0 +1,44 @@
+"""Experts spread over 2 and 4 processes against the same experts in one.
+
+The processes of one group size start once and go through all checks (dispatch_layer_checks.py,
+dispatch_model_checks.py). On the CPU over gloo, and over NCCL where there are as many GPUs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import dispatch_layer_checks  # noqa: F401  (its checks enter themselves into CHECKS)
+import pytest
+import torch
+from dispatch_model_checks import assert_resumes, save
+from dispatch_ranks import CHECKS, launch
+
+
+def sizes_for(device: str) -> list[int]:
+    if device == "cpu":
+        return [2, 4]
+    return [n for n in (2, 4, 8) if n <= torch.cuda.device_count()]
+
+
+# One test for all checks: they share processes, and test workers would each start their own.
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_all_checks(device: torch.device, tmp_path: Path) -> None:
+    sizes = sizes_for(device.type)
+    if not sizes:
+        pytest.skip("needs at least two GPUs")
+    save(tmp_path / "saved-1", device, None, no_dist=True)
+    for size in sizes:
+        outcomes = launch(size, tmp_path, device.type)
+        failures = [
+            f"{name}, rank {rank} of {size}:\n{text}"
+            for rank, outcome in enumerate(outcomes)
+            for name, text in outcome.items()
+            if text != "passed"
+        ]
+        assert not failures, "\n".join(failures)
+        assert all(outcome.keys() == CHECKS.keys() for outcome in outcomes)
+        # One process resumes what many saved.
+        assert_resumes(tmp_path / f"saved-{size}", device, None, no_dist=True)
