@@ -64,8 +64,8 @@ __device__ __forceinline__ int run_offset(int row, int chunk) {
   return row * kTilePitch + ((chunk ^ ((row / kRun) & 7)) << 4);
 }
 
-// The row scales of 128 columns.
-struct Scales {
+// The row scales of 128 columns. Two of them may lie side by side and are read 16 bytes at a time.
+struct alignas(16) Scales {
   float row[kTileRows];            // 0 in padding
   u32 factor[kTileRows / 2];       // of two rows, relative to `unit`, as f16; 0 where too small
   float unit;                      // the largest, if packed f16 will do, else 0

@@ -22,7 +22,9 @@ import torch
 from fp8moe.kernels import jit, launch, status
 
 HEADER = Path(__file__).with_name("emulator.h")
-OPTIONS = ("-std=c++20", "-O1", "-fPIC", "-w", "-ffp-contract=off")
+# Misaligned vector accesses work on this CPU and fault on the GPU: emulator.h has the handler.
+ALIGNMENT = ("-fsanitize=alignment", "-fno-sanitize-recover=alignment")
+OPTIONS = ("-std=c++20", "-O1", "-fPIC", "-w", "-ffp-contract=off", *ALIGNMENT)
 
 # What each piece of inline PTX means; %N are its operands. Strings joined, white space squeezed.
 PTX = {

@@ -82,6 +82,13 @@ inline void check_read(const void* address, size_t bytes) {
   fail("read outside the arguments", address, bytes);
 }
 
+// Called by code compiled with -fsanitize=alignment for an access whose address is not a multiple of its size: the GPU
+// faults there.
+extern "C" __attribute__((weak, visibility("hidden"))) void __ubsan_handle_type_mismatch_v1_abort(
+    void*, const void* address) {
+  fail("misaligned access", address, 0);
+}
+
 inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
 
 inline void meet(Meeting& m, int expected) {
