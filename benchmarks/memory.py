@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import harness
-from fp8moe.kernels import cast, permute, swiglu
+from fp8moe.kernels import cast, cast_permute, permute, swiglu
 
 
 class Shape(NamedTuple):
@@ -146,6 +146,21 @@ def layer_cases(shape: Shape) -> list[Case]:
             "permute_fp8_both",
             lambda: permute.permute_fp8_both(*x8, slot_of_row, topk, True),
             nbytes(*x8) + row_map + 2 * fp8_rows,
+        ),
+        Case(
+            "cast_permute",
+            lambda: cast_permute.cast_permute(x, row_of_slot, slot_of_row, True),
+            nbytes(x, row_of_slot) + fp8_rows,
+        ),
+        Case(
+            "cast_permute_to_channel",
+            lambda: cast_permute.cast_permute_to_channel(x, slot_of_row, topk, True),
+            nbytes(x) + row_map + fp8_rows,
+        ),
+        Case(
+            "cast_permute_both",
+            lambda: cast_permute.cast_permute_both(x, slot_of_row, topk, True),
+            nbytes(x) + row_map + 2 * fp8_rows,
         ),
         Case(
             "gather_sum",

@@ -33,10 +33,10 @@ class FP8Config:
         pow2_weight_scales: likewise for the 128 x 128 scales of weights, which transpose exactly
             either way.
         save: what the expert layer keeps of its hidden activation h = x w13^T for backward.
-            "bf16": h itself, and x in FP8. "fp8": h in FP8, half the bytes, about 1 dB on the
-            gradients. "recompute": nothing; backward runs that GEMM again, with bit-equal results.
-            The latter two refer to the caller's x, which must not change before backward (autograd
-            raises if it was changed in place).
+            "bf16": h itself. "fp8": h in FP8, half the bytes, about 1 dB on the gradients.
+            "recompute": nothing; backward runs that GEMM again, with bit-equal results. All three
+            refer to the caller's x, which must not change before backward (autograd raises if it
+            was changed in place).
         cache_weights: keep the FP8 copies of a weight, and their transposes, until it changes:
             2 bytes a parameter, one cast per optimizer step instead of one per micro-batch. False:
             cast in every forward and again in backward, and hold nothing in between (for weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fp8moe.kernels import cast, gemm, heuristics, permute, swiglu
+from fp8moe.kernels import cast, cast_permute, gemm, heuristics, permute, swiglu
 from fp8moe.kernels.fp8tensor import padded_capacity
 from fp8moe.kernels.heuristics import Grouping, Output, Problem
 from fp8moe.kernels.jit import KernelSpec
@@ -32,7 +32,8 @@ def layer_problems(shape: LayerShape, tokens: int) -> set[Problem]:
 
 def all_specs() -> list[KernelSpec]:
     """Every kernel configuration that is shipped."""
-    return [spec for module in (gemm, cast, permute, swiglu) for spec in module.kernel_specs()]
+    modules = (gemm, cast, cast_permute, permute, swiglu)
+    return [spec for module in modules for spec in module.kernel_specs()]
 
 
 def layer_specs(
@@ -54,6 +55,6 @@ def layer_specs(
             tile, _ = heuristics.choose(problem, num_sms)
             spec = gemm.spec(problem.grouping, problem.output, tile, problem.groups)
             specs[spec] = None
-    for module in (cast, permute, swiglu):
+    for module in (cast, cast_permute, permute, swiglu):
         specs.update(dict.fromkeys(module.kernel_specs()))
     return list(specs)

@@ -21,15 +21,15 @@ y is not needed in backward, dy is the same for all K rows of a token, and with 
     dp = <da', a>     dg = p da' u s (1 + g (1 - s)), s = sigmoid(g)     du = p da' silu(g)
     dw2 = dy^T (p a)      dw13 = [dg | du]^T x      dx[t] = sum_k [dg | du] w13
 
-A 1x128 scale belongs to one token, so x and dy are cast once per token, and the permutation to
-experts copies bytes. Everything between two GEMMs is one pass over memory:
+A 1x128 scale belongs to one token, so x and dy are cast while they are copied to expert order, each
+token once. Everything between two GEMMs is one pass over memory:
 
-    forward   route, cast x, permute -> h -> SwiGLU * p + casts -> y rows -> sum
-    backward  cast dy, permute (rows and columns) -> da' -> SwiGLU' + all casts
-              -> dw2 -> dx rows -> sum; permute x to columns -> dw13
+    forward   route; cast + permute x -> h -> SwiGLU * p + casts -> y rows -> sum
+    backward  cast + permute dy (rows and columns) -> da' -> SwiGLU' + all casts
+              -> dw2 -> dx rows -> sum; cast + permute x to columns -> dw13
 
-Backward needs h and x. h is kept as `FP8Config.save` says. x is the caller's own tensor, alive
-anyway, and is cast a second time; save="bf16", the setting for speed, keeps the FP8 copy.
+Backward needs h and x. h is kept as `FP8Config.save` says; x is the caller's own tensor, alive
+anyway, and is cast a second time.
 
 With a GEMM in BF16, or H or I not a multiple of 128, the layer is composed of the functions in
 unfused.py and of `grouped_linear`: the same mathematics, more passes.

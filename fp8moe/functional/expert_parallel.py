@@ -26,6 +26,7 @@ from fp8moe.functional.autocast import autocast_off, result_dtype
 from fp8moe.functional.exchange import Combine, Exchange, FP8Message
 from fp8moe.functional.experts import backward_rows, forward_rows, unfused_rows
 from fp8moe.functional.sharded import local_weight
+from fp8moe.functional.tokens import Tokens
 from fp8moe.kernels.cast import cast_per_token
 from fp8moe.kernels.fp8tensor import BLOCK, FP8Tensor
 from fp8moe.kernels.permute import gather_slots, permute_rows
@@ -91,7 +92,7 @@ class ExpertParallelSwiglu(torch.autograd.Function):
         x8, weights = dispatched.wait()
         exchange = ctx.exchange = dispatched.exchange
         p = exchange.permutation
-        rows = forward_rows(ctx, x8, weights, p, w13, w2, config, x8, grad)
+        rows = forward_rows(ctx, Tokens(*x8), weights, p, w13, w2, config, grad)
         ctx.x_dtype = x.dtype
         return exchange.return_rows(rows).wait().to(dtype)
 
@@ -109,7 +110,11 @@ class ExpertParallelSwiglu(torch.autograd.Function):
         with autocast_off(dy.device):
             dy8 = FP8Tensor(*cast_per_token(dy.contiguous(), ctx.config.pow2_scales))
             message = FP8Message.start(exchange, dy8)
-            dx, dp, dw13, dw2 = backward_rows(ctx, lambda: message.wait()[0], sum_rows, take_slots)
+
+            def take_dy() -> Tokens:
+                return Tokens(*message.wait()[0])
+
+            dx, dp, dw13, dw2 = backward_rows(ctx, take_dy, sum_rows, take_slots)
             dp = None if dp is None else dp.wait()
             dx = None if dx is None else dx.wait().to(ctx.x_dtype)
         return dx, None, dp, dw13, dw2, None, None, None, None

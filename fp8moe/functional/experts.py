@@ -6,6 +6,7 @@ The mathematics and the dataflow are in the package's docstring.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from fp8moe.functional.arguments import check_swiglu_experts
 from fp8moe.functional.autocast import autocast_off, result_dtype
 from fp8moe.functional.linear import GroupedLinear
 from fp8moe.functional.main_grad import fp8_wgrad, owner
-from fp8moe.functional.observe import report
+from fp8moe.functional.observe import observed, report
 from fp8moe.functional.saved import restore
+from fp8moe.functional.tokens import Tokens
 from fp8moe.functional.unfused import (
     GatherSum,
     NoRows,
@@ -27,16 +29,9 @@ from fp8moe.functional.unfused import (
     WeightedSwiglu,
 )
 from fp8moe.functional.weight_cache import fp8_weight, held, hold
-from fp8moe.kernels.cast import cast_per_token
 from fp8moe.kernels.fp8tensor import BLOCK, FP8Tensor
 from fp8moe.kernels.gemm import m_grouped_gemm_nt
-from fp8moe.kernels.permute import (
-    gather_slots,
-    gather_sum,
-    permute_fp8,
-    permute_fp8_both,
-    permute_fp8_to_channel,
-)
+from fp8moe.kernels.permute import gather_slots, gather_sum
 from fp8moe.kernels.swiglu import swiglu_backward_cast, swiglu_cast, swiglu_cast_both
 
 Tensor = torch.Tensor
@@ -64,11 +59,7 @@ class SwigluExperts(torch.autograd.Function):
         grad: bool,
     ) -> Tensor:
         p = Permutation.of(topk_ids, w13.shape[0])
-        x8 = FP8Tensor(*cast_per_token(x, config.pow2_scales))
-        # x belongs to the caller: keeping it takes no memory, and its cast is repeated bit for bit.
-        # save="bf16" trades memory for time throughout, so it keeps the cast instead.
-        kept_x = x8 if config.save == "bf16" else (x, None)
-        rows = forward_rows(ctx, x8, topk_weights, p, w13, w2, config, kept_x, grad)
+        rows = forward_rows(ctx, Tokens(x), topk_weights, p, w13, w2, config, grad)
         ctx.x_dtype = x.dtype
         y = gather_sum(rows, p.row_of_slot)
         # Not a plain .to: where that returns y itself, torch 2.11 compiles zero gradients.
@@ -78,34 +69,31 @@ class SwigluExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         with autocast_off(dy.device):
-            pow2 = ctx.config.pow2_scales
-
-            def cast_dy() -> FP8Tensor:
-                return FP8Tensor(*cast_per_token(dy.contiguous(), pow2))
-
-            dx, dp, dw13, dw2 = backward_rows(ctx, cast_dy, gather_sum, gather_slots)
+            take_dy = partial(Tokens, dy.contiguous())
+            dx, dp, dw13, dw2 = backward_rows(ctx, take_dy, gather_sum, gather_slots)
             dx = None if dx is None else dx.to(ctx.x_dtype)
         return dx, None, dp, dw13, dw2, None, None, None
 
 
 def forward_rows(
     ctx: Any,
-    x8: FP8Tensor,
+    x: Tokens,
     topk_weights: Tensor,
     p: Permutation,
     w13: Tensor,
     w2: Tensor,
     config: FP8Config,
-    kept_x: tuple[Tensor, Tensor | None],
     grad: bool,
 ) -> Tensor:
-    """The fused path from tokens that are FP8 already to one output row per slot, unsummed.
+    """The fused path from the tokens to one output row per slot, unsummed.
 
     Args:
         ctx: of an autograd Function whose first five arguments are x, topk_ids, topk_weights, w13
             and w2; what `backward_rows` needs is saved there.
-        x8: (T, H) per_token; topk_weights (T, K) float32; p the permutation of the T x K slots.
-        kept_x: what backward gets x from: x8, or (x, None) to cast x again.
+        x: (T, H), kept for backward as they are: if they are the caller's own, that takes no
+            memory, and their cast repeats bit for bit.
+        topk_weights: (T, K) float32.
+        p: the permutation of the T x K slots.
 
     Returns: (Rcap, H) BF16 in the order of p.
     """
@@ -115,7 +103,7 @@ def forward_rows(
     w13_8, w13_t = fp8_weight(w13, pow2=pow2_w, transposed=need_x and cache, cache=cache)
     w2_8, w2_t = fp8_weight(w2, pow2=pow2_w, transposed=need_da and cache, cache=cache)
 
-    xp8 = FP8Tensor(*permute_fp8(*x8, p.row_of_slot, p.slot_of_row))
+    xp8 = x.rows(p.row_of_slot, p.slot_of_row, pow2)
     h = m_grouped_gemm_nt(xp8, w13_8, p.group_ends)
     del xp8
     none = (None, None)
@@ -127,7 +115,8 @@ def forward_rows(
         a8 = FP8Tensor(*swiglu_cast(h, topk_weights, p.slot_of_row, pow2))
     del h
     rows = m_grouped_gemm_nt(a8, w2_8, p.group_ends)
-    report("x", x8)
+    if observed():
+        report("x", x.fp8(pow2))
     report("w13", w13_8)
     report("act", a8, p.row_of_slot)
     report("w2", w2_8)
@@ -137,7 +126,7 @@ def forward_rows(
             report("h", FP8Tensor(*saved_h), p.row_of_slot)
         recompute = config.save == "recompute"
         ctx.save_for_backward(
-            *(kept_x if need_w13 or recompute else none),
+            *(x if need_w13 or recompute else none),
             *saved_h,
             topk_weights,
             *p[:3],
@@ -153,15 +142,15 @@ def forward_rows(
 
 def backward_rows(
     ctx: Any,
-    take_dy: Callable[[], FP8Tensor],
+    take_dy: Callable[[], Tokens],
     sum_rows: Callable[[Tensor, Tensor], Any],
     take_slots: Callable[[Tensor, Tensor], Any],
 ) -> tuple[Any, Any, Tensor | None, Tensor | None]:
-    """The gradients that ctx.needs_input_grad asks for, from dy in FP8.
+    """The gradients that ctx.needs_input_grad asks for, from dy.
 
     Args:
         ctx: what `forward_rows` left.
-        take_dy: gives dy, (T, H) per_token; called after what does not need it.
+        take_dy: gives dy, (T, H); called after what does not need it.
         sum_rows: makes dx of the permuted rows (Rcap, H) and row_of_slot. Called before the weight
             gradients: if it only starts something, they run meanwhile.
         take_slots: makes the gradient of topk_weights of its partial sums and row_of_slot,
@@ -175,35 +164,28 @@ def backward_rows(
     config: FP8Config = ctx.config
     need_x, _, need_p, need_w13, need_w2 = ctx.needs_input_grad[:5]
     pow2, pow2_w, topk = config.pow2_scales, config.pow2_weight_scales, row_of_slot.shape[1]
-
-    def cast_x() -> FP8Tensor:
-        if x_scale is not None:
-            return restore(x_data, x_scale)
-        return FP8Tensor(*cast_per_token(x_data, pow2))
-
     if config.save == "recompute":
         w13_8 = held(*held_w[4:], pow2=pow2_w, transposed=False)
-        x8 = cast_x()
-        xp8 = FP8Tensor(*permute_fp8(*x8, row_of_slot, slot_of_row))
+        xp8 = Tokens.saved(x_data, x_scale).rows(row_of_slot, slot_of_row, pow2)
         h = m_grouped_gemm_nt(xp8, w13_8, ends)
         del xp8
     elif h_scale is not None:
         h, h_scale = restore(h, h_scale)
 
     # dy's rows for dgrad and its columns for wgrad, each only if asked for.
-    dy8 = take_dy()
-    report("dy", dy8)
+    dy = take_dy()
+    if observed():
+        report("dy", dy.fp8(pow2))
     need_da = need_x or need_p or need_w13
     if need_da and need_w2:
-        *dyp8, dy_data_t, dy_scale_t = permute_fp8_both(*dy8, slot_of_row, topk, pow2)
-        dy_t = FP8Tensor(dy_data_t, dy_scale_t)
+        dyp8, dy_t = dy.both(slot_of_row, topk, pow2)
     elif need_da:
-        dyp8 = list(permute_fp8(*dy8, row_of_slot, slot_of_row))
+        dyp8 = dy.rows(row_of_slot, slot_of_row, pow2)
     else:
-        dy_t = FP8Tensor(*permute_fp8_to_channel(*dy8, slot_of_row, topk, pow2))
+        dy_t = dy.columns(slot_of_row, topk, pow2)
     if need_da:
         w2_t = held(*held_w[2:4], pow2=pow2_w, transposed=True)
-        da = m_grouped_gemm_nt(FP8Tensor(*dyp8), w2_t, ends)
+        da = m_grouped_gemm_nt(dyp8, w2_t, ends)
         del dyp8
     else:
         # Only dw2 is asked for: the pass below makes (p a)^T, which does not depend on da.
@@ -226,9 +208,7 @@ def backward_rows(
         dw2 = fp8_wgrad(dy_t, FP8Tensor(a_data_t, a_scale_t), ends, ctx.w2, ctx.w2_dtype)
         del dy_t
     if need_w13:
-        if config.save != "recompute":
-            x8 = cast_x()
-        x_t = FP8Tensor(*permute_fp8_to_channel(*x8, slot_of_row, topk, pow2))
+        x_t = Tokens.saved(x_data, x_scale).columns(slot_of_row, topk, pow2)
         dh_t = FP8Tensor(dh_data_t, dh_scale_t)
         dw13 = fp8_wgrad(dh_t, x_t, ends, ctx.w13, ctx.w13_dtype)
     return dx, dp, dw13, dw2

@@ -42,13 +42,18 @@ def observe_fp8(callback: Callback) -> Iterator[None]:
         _callbacks = _callbacks[:at] + _callbacks[at + 1 :]
 
 
+def observed() -> bool:
+    """Whether anybody looks: for a tensor that is made for `report` alone."""
+    return bool(_callbacks) and not torch.compiler.is_compiling()
+
+
 def report(kind: str, t: FP8Tensor, rows: torch.Tensor | None = None) -> None:
     """Show t to the observers, if there are any.
 
     Args:
         rows: int32 rows of t that hold data, any shape; None: all of them.
     """
-    if not _callbacks or torch.compiler.is_compiling():
+    if not observed():
         return
     if rows is not None:
         index = rows.reshape(-1).clamp_min(0)

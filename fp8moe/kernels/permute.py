@@ -44,7 +44,8 @@ PERMUTE_RUN_BYTES = 2048
 """What a warp of permute_rows moves of a token's row."""
 
 
-def _check_topk(topk: int) -> None:
+def check_topk(topk: int) -> None:
+    """Raise ValueError unless a token has at least one slot."""
     if topk < 1:
         raise ValueError(f"topk: expected at least 1, got {topk}")
 
@@ -168,14 +169,24 @@ def _permute_fp8_cuda(
 def _permute_fp8_fake(
     data: torch.Tensor, scale: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor
 ) -> Pair:
-    return _rows_like(data, slot_of_row)
+    return rows_like(data, slot_of_row)
 
 
-def _rows_like(data: torch.Tensor, slot_of_row: torch.Tensor) -> Pair:
-    capacity, columns = slot_of_row.shape[0], data.shape[1]
+def rows_like(x: torch.Tensor, slot_of_row: torch.Tensor) -> Pair:
+    """Uninitialised per_token FP8 data and scale: the rows of x in expert order."""
+    capacity, columns = slot_of_row.shape[0], x.shape[1]
     return (
-        data.new_empty((capacity, columns)),
-        empty_scale(capacity, ceil_div(columns, BLOCK), data.device),
+        x.new_empty((capacity, columns), dtype=FP8_DTYPE),
+        empty_scale(capacity, ceil_div(columns, BLOCK), x.device),
+    )
+
+
+def channel_like(x: torch.Tensor, slot_of_row: torch.Tensor) -> Pair:
+    """Uninitialised per_channel FP8 data and scale of the same rows."""
+    capacity, columns = slot_of_row.shape[0], x.shape[1]
+    return (
+        x.new_empty((columns, capacity), dtype=FP8_DTYPE),
+        empty_scale(columns, capacity // BLOCK, x.device),
     )
 
 
@@ -229,17 +240,13 @@ def _permute_fp8_to_channel_cuda(
 def _permute_fp8_to_channel_fake(
     data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
 ) -> Pair:
-    capacity, columns = slot_of_row.shape[0], data.shape[1]
-    return (
-        data.new_empty((columns, capacity)),
-        empty_scale(columns, capacity // BLOCK, data.device),
-    )
+    return channel_like(data, slot_of_row)
 
 
 def _permute_fp8_both_cuda(
     data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
 ) -> Four:
-    rows = _rows_like(data, slot_of_row)
+    rows = rows_like(data, slot_of_row)
     channel = _permute_fp8_to_channel_fake(data, scale, slot_of_row, topk, pow2)
     _launch_to_channel(data, scale, slot_of_row, topk, pow2, rows, channel)
     return *rows, *channel
@@ -249,7 +256,7 @@ def _permute_fp8_both_fake(
     data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
 ) -> Four:
     return (
-        *_rows_like(data, slot_of_row),
+        *rows_like(data, slot_of_row),
         *_permute_fp8_to_channel_fake(data, scale, slot_of_row, topk, pow2),
     )
 
@@ -345,7 +352,7 @@ def permute_fp8_to_channel(
     """
     _check_fp8(data, scale)
     check_slot_of_row(slot_of_row, data.device)
-    _check_topk(topk)
+    check_topk(topk)
     return _permute_fp8_to_channel(data, scale, slot_of_row, topk, pow2)
 
 
@@ -362,5 +369,5 @@ def permute_fp8_both(
     """
     _check_fp8(data, scale)
     check_slot_of_row(slot_of_row, data.device)
-    _check_topk(topk)
+    check_topk(topk)
     return _permute_fp8_both(data, scale, slot_of_row, topk, pow2)

@@ -13,7 +13,7 @@ from benchmarks.layer.contenders import BASELINE, CONTENDERS, FP8MOE, step, torc
 from benchmarks.layer.memory import peak_bytes, saved_bytes
 from benchmarks.layer.workload import ROUTINGS, Shape, make_inputs, parse_shape, route
 from fp8moe import testing
-from fp8moe.kernels import cast, gather, gemm, permute, swiglu
+from fp8moe.kernels import cast, cast_permute, gather, gemm, permute, swiglu
 from fp8moe.kernels.fp8tensor import padded_capacity
 
 SHAPE = Shape(tokens=96, topk=2, experts=4, hidden=256, intermediate=128)
@@ -101,8 +101,7 @@ def test_saved_bytes_of_the_layer_are_its_activations():
             lambda layer=layer: layer(inputs.x, inputs.ids, inputs.probs, inputs.w13, inputs.w2)
         )
         maps = 4 * (192 + rows + 4)
-        x8 = 96 * 256 * (1 + 4 / 128) if name == "fp8moe bf16" else 0
-        assert found == h + maps + x8, name
+        assert found == h + maps, name
 
 
 @pytest.mark.parametrize("name", FP8MOE)
@@ -122,7 +121,8 @@ def test_recorded_operators_and_their_bytes(name):
 
 
 def test_every_kernel_of_the_table_exists():
-    entries = {s.entry for m in (cast, gather, gemm, permute, swiglu) for s in m.kernel_specs()}
+    modules = (cast, cast_permute, gather, gemm, permute, swiglu)
+    entries = {s.entry for m in modules for s in m.kernel_specs()}
     for names in traffic.KERNELS.values():
         assert set(names) <= entries
 
@@ -153,7 +153,7 @@ def test_an_unknown_operator_is_not_passed_over():
 
 def test_profile_names_the_functions_of_the_backward_pass_too():
     text = host.profile(step(FP8MOE["fp8moe fp8"], make_inputs(SHAPE, CPU)), 2, 400)
-    assert "_swiglu_experts_backward" in text and "(swiglu_experts)" in text
+    assert "(backward_rows)" in text and "(swiglu_experts)" in text
 
 
 def test_command_prints_and_appends_every_part(tmp_path, capsys):

@@ -19,6 +19,9 @@ from fp8moe.kernels.reference.gemm import (
     m_grouped_gemm_nt_masked,
 )
 from fp8moe.kernels.reference.permute import (
+    cast_permute,
+    cast_permute_both,
+    cast_permute_to_channel,
     gather_slots,
     gather_sum,
     permute_fp8,
@@ -40,6 +43,9 @@ __all__ = [
     "cast_per_block_both",
     "cast_per_channel",
     "cast_per_token",
+    "cast_permute",
+    "cast_permute_both",
+    "cast_permute_to_channel",
     "dequantize_per_block",
     "dequantize_per_token",
     "gather_slots",

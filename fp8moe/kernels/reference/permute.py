@@ -6,7 +6,7 @@ import torch
 
 from fp8moe.kernels import status
 from fp8moe.kernels.fp8tensor import BLOCK, FLOOR_SCALE_POW2, FP8_DTYPE, padded_capacity
-from fp8moe.kernels.reference.cast import cast_rows_per_channel
+from fp8moe.kernels.reference.cast import cast_per_token, cast_rows_per_channel
 from fp8moe.kernels.reference.dequantize import dequantize_per_token
 
 PAD = -1
@@ -131,6 +131,27 @@ def permute_fp8_both(
         *_take_fp8_rows(data, scale, slot_of_row, topk),
         *permute_fp8_to_channel(data, scale, slot_of_row, topk, pow2),
     )
+
+
+def cast_permute(
+    x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor, pow2: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """permute_fp8(cast_per_token(x))."""
+    return permute_fp8(*cast_per_token(x, pow2), row_of_slot, slot_of_row)
+
+
+def cast_permute_to_channel(
+    x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """permute_fp8_to_channel(cast_per_token(x))."""
+    return permute_fp8_to_channel(*cast_per_token(x, pow2), slot_of_row, topk, pow2)
+
+
+def cast_permute_both(
+    x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """permute_fp8_both(cast_per_token(x))."""
+    return permute_fp8_both(*cast_per_token(x, pow2), slot_of_row, topk, pow2)
 
 
 def gather_sum(rows: torch.Tensor, row_of_slot: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fp8moe import testing
-from fp8moe.kernels import cast, gather, permute, reference, routing, swiglu
+from fp8moe.kernels import cast, cast_permute, gather, permute, reference, routing, swiglu
 from fp8moe.kernels.fp8tensor import ceil_div
 
 Start = Callable[..., torch.Tensor]
@@ -181,6 +181,31 @@ def test_permute_fp8(emulated: Start, pow2_in: bool, pow2: bool, spread: int) ->
             strict=True,
         ):
             assert_same(got[at], wanted[at])
+
+
+@pytest.mark.parametrize(("topk", "hidden"), [(1, 128), (3, 1408)])
+@pytest.mark.parametrize(("pow2", "spread"), [(True, 5), (True, 40), (False, 5)])
+def test_cast_permute(emulated: Start, pow2: bool, spread: int, topk: int, hidden: int) -> None:
+    _, _, row_of_slot, slot_of_row, _, _ = routed(50, topk, 4, 0.1)
+    x = torch.randn(50, hidden) * torch.randint(-spread, spread + 1, (50, 1)).exp2()
+    x[3] = 0
+    x[:, 17] = 0
+    x[5, 7] = math.nan
+    x = x.bfloat16()
+    emulated(cast_permute, permute)
+    used = used_rows(slot_of_row)
+    real = slot_of_row[:used] >= 0
+    expected = reference.cast_permute_both(x, slot_of_row, topk, pow2)
+    rows = cast_permute._rows_cuda(x, row_of_slot, slot_of_row, pow2)
+    for got, wanted in zip(rows, expected[:2], strict=True):
+        assert_same(got[:used][real], wanted[:used][real])
+    channels = cast_permute._channel_cuda(x, slot_of_row, topk, pow2)
+    both = cast_permute._both_cuda(x, slot_of_row, topk, pow2)
+    for got, wanted in zip(both[:2], expected[:2], strict=True):
+        assert_same(got[:used], wanted[:used])
+    for data_t, scale_t in (channels, both[2:]):
+        assert_same(data_t[:, :used], expected[2][:, :used])
+        assert_same(scale_t[:, : used // 128], expected[3][:, : used // 128])
 
 
 # ------------------------------------------------------------------------------------------- SwiGLU

@@ -1,0 +1,227 @@
+"""Rows of high precision cast per token on their way to expert order: nothing is stored in between.
+
+Bit for bit `cast_per_token` followed by the permutation of its result. With BF16 input each is one
+kernel; other dtypes run the two steps.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from fp8moe.kernels import cast, jit, launch, permute, reference, registry
+from fp8moe.kernels.arguments import (
+    check_aligned,
+    check_multiple,
+    check_slot_of_row,
+    check_tensor,
+)
+from fp8moe.kernels.fp8tensor import BLOCK, ceil_div
+from fp8moe.kernels.permute import Four, Pair
+
+THREADS = 256
+WARP_COLUMNS = 1024
+"""What a warp of cast_permute takes of a token's row."""
+
+
+def _rows_spec(pow2: bool) -> jit.KernelSpec:
+    return jit.KernelSpec("cast_permute.cuh", "cast_permute", (("POW2", int(pow2)),))
+
+
+def _channel_spec(pow2: bool, with_rows: bool) -> jit.KernelSpec:
+    constants = (("POW2", int(pow2)), ("WITH_ROWS", int(with_rows)))
+    return jit.KernelSpec("cast_transpose.cuh", "cast_permute_to_channel", constants)
+
+
+@functools.cache
+def _rows_kernel(pow2: bool) -> launch.Kernel:
+    return jit.load(_rows_spec(pow2))
+
+
+@functools.cache
+def _channel_kernel(pow2: bool, with_rows: bool) -> launch.Kernel:
+    return jit.load(_channel_spec(pow2, with_rows))
+
+
+def kernel_specs() -> list[jit.KernelSpec]:
+    """Every kernel configuration that this module can launch."""
+    specs = [_rows_spec(pow2) for pow2 in (False, True)]
+    return specs + [_channel_spec(pow2, rows) for pow2 in (False, True) for rows in (False, True)]
+
+
+def _rows_cuda(
+    x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor, pow2: bool
+) -> Pair:
+    if x.dtype != torch.bfloat16:
+        x8 = cast._cast_per_token_cuda(x, pow2)
+        return permute._permute_fp8_cuda(*x8, row_of_slot, slot_of_row)
+    data, scale = permute.rows_like(x, slot_of_row)
+    tokens, columns = x.shape
+    if x.numel() == 0:
+        return data, scale
+    check_aligned(x=x)
+    warps = THREADS // 32
+    _rows_kernel(pow2)(
+        (ceil_div(tokens, warps), ceil_div(columns, WARP_COLUMNS)),
+        THREADS,
+        (
+            x,
+            row_of_slot,
+            tokens,
+            row_of_slot.shape[1],
+            columns,
+            data,
+            scale,
+            scale.stride(1),
+        ),
+    )
+    return data, scale
+
+
+def _rows_fake(
+    x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor, pow2: bool
+) -> Pair:
+    return permute.rows_like(x, slot_of_row)
+
+
+def _launch_channel(
+    x: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    topk: int,
+    pow2: bool,
+    rows_out: Pair | None,
+    channel_out: Pair,
+) -> None:
+    columns, capacity = x.shape[1], slot_of_row.shape[0]
+    if columns == 0:
+        return
+    check_aligned(x=x, slot_of_row=slot_of_row)
+    multiplier, shift = permute.divisor(topk)
+    data_t, scale_t = channel_out
+    _channel_kernel(pow2, rows_out is not None)(
+        (capacity // BLOCK, columns // BLOCK),
+        THREADS,
+        (
+            x,
+            slot_of_row,
+            multiplier,
+            shift,
+            columns,
+            capacity,
+            rows_out[0] if rows_out else None,
+            rows_out[1] if rows_out else None,
+            rows_out[1].stride(1) if rows_out else 0,
+            data_t,
+            scale_t,
+            scale_t.stride(1),
+        ),
+    )
+
+
+def _channel_cuda(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool) -> Pair:
+    if x.dtype != torch.bfloat16:
+        x8 = cast._cast_per_token_cuda(x, pow2)
+        return permute._permute_fp8_to_channel_cuda(*x8, slot_of_row, topk, pow2)
+    out = permute.channel_like(x, slot_of_row)
+    _launch_channel(x, slot_of_row, topk, pow2, None, out)
+    return out
+
+
+def _channel_fake(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool) -> Pair:
+    return permute.channel_like(x, slot_of_row)
+
+
+def _both_cuda(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool) -> Four:
+    if x.dtype != torch.bfloat16:
+        x8 = cast._cast_per_token_cuda(x, pow2)
+        return permute._permute_fp8_both_cuda(*x8, slot_of_row, topk, pow2)
+    rows, channel = permute.rows_like(x, slot_of_row), permute.channel_like(x, slot_of_row)
+    _launch_channel(x, slot_of_row, topk, pow2, rows, channel)
+    return *rows, *channel
+
+
+def _both_fake(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool) -> Four:
+    return *permute.rows_like(x, slot_of_row), *permute.channel_like(x, slot_of_row)
+
+
+_cast_permute = registry.define_op(
+    "cast_permute(Tensor x, Tensor row_of_slot, Tensor slot_of_row, bool pow2) -> (Tensor, Tensor)",
+    cpu=reference.cast_permute,
+    cuda=_rows_cuda,
+    fake=_rows_fake,
+)
+_cast_permute_to_channel = registry.define_op(
+    "cast_permute_to_channel(Tensor x, Tensor slot_of_row, int topk, bool pow2)"
+    " -> (Tensor, Tensor)",
+    cpu=reference.cast_permute_to_channel,
+    cuda=_channel_cuda,
+    fake=_channel_fake,
+)
+_cast_permute_both = registry.define_op(
+    "cast_permute_both(Tensor x, Tensor slot_of_row, int topk, bool pow2)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=reference.cast_permute_both,
+    cuda=_both_cuda,
+    fake=_both_fake,
+)
+
+
+def _check(x: torch.Tensor, slot_of_row: torch.Tensor) -> None:
+    check_tensor("x", x, (None, None), tuple(cast.INPUTS))
+    check_multiple("x: H", x.shape[1], BLOCK)
+    check_slot_of_row(slot_of_row, x.device)
+
+
+def cast_permute(
+    x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor, pow2: bool
+) -> Pair:
+    """permute_fp8(cast_per_token(x)); padding rows are undefined.
+
+    Args:
+        x: (T, H) bfloat16, float16 or float32, contiguous, H a multiple of 128.
+        row_of_slot: (T, K) int32 from `route`.
+        slot_of_row: (Rcap,) int32 from `route`.
+        pow2: round scales up to powers of two.
+
+    Returns: data (Rcap, H) float8_e4m3fn and scale (Rcap, H/128) float32, MN-major.
+
+    Raises: ValueError: wrong shape, dtype, device or stride.
+    """
+    _check(x, slot_of_row)
+    check_tensor("row_of_slot", row_of_slot, (x.shape[0], None), (torch.int32,), x.device)
+    return _cast_permute(x, row_of_slot, slot_of_row, pow2)
+
+
+def cast_permute_to_channel(
+    x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
+) -> Pair:
+    """permute_fp8_to_channel(cast_per_token(x)).
+
+    Args:
+        x: (T, H) bfloat16, float16 or float32, contiguous, H a multiple of 128.
+        slot_of_row: (Rcap,) int32 from `route`.
+        topk: K, slots per token.
+        pow2: round scales up to powers of two.
+
+    Returns: data_t (H, Rcap), scale_t (H, Rcap/128), MN-major: per_channel, zero in padding.
+
+    Raises: ValueError: wrong shape, dtype, device or stride.
+    """
+    _check(x, slot_of_row)
+    permute.check_topk(topk)
+    return _cast_permute_to_channel(x, slot_of_row, topk, pow2)
+
+
+def cast_permute_both(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool) -> Four:
+    """permute_fp8_both(cast_per_token(x)).
+
+    Args: as for `cast_permute_to_channel`.
+
+    Returns: data (Rcap, H), scale (Rcap, H/128), data_t (H, Rcap), scale_t (H, Rcap/128).
+
+    Raises: ValueError: wrong shape, dtype, device or stride.
+    """
+    _check(x, slot_of_row)
+    permute.check_topk(topk)
+    return _cast_permute_both(x, slot_of_row, topk, pow2)
