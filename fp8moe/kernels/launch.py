@@ -346,10 +346,23 @@ class Kernel:
         sizes: list[int] = []
         while True:
             result = self._cu.cuKernelGetParamInfo(self._kernel, len(sizes))
+            if self._lacks_context(result[0], torch.cuda.current_device()):
+                result = self._cu.cuKernelGetParamInfo(self._kernel, len(sizes))
             if result[0] == self._cu.CUresult.CUDA_ERROR_INVALID_VALUE:
                 return sizes
             _, size = _checked(result, "cuKernelGetParamInfo")
             sizes.append(size)
+
+    def _lacks_context(self, result: Any, device: int) -> bool:
+        """Whether a call failed because this thread had no current context; now it has torch's.
+
+        Threads start without one until their first call of the CUDA runtime, and the thread of the
+        backward pass may come here before that.
+        """
+        if result.value != self._cu.CUresult.CUDA_ERROR_INVALID_CONTEXT.value:
+            return False
+        torch.cuda.set_device(device)
+        return True
 
     def _pack(self, args: Sequence[Any]) -> tuple[ArgumentFrame, int]:
         """The frame that now holds `args`, and the index of their device or -1."""
@@ -426,9 +439,7 @@ class Kernel:
                 self._configs.clear()
             config = self._configs[key] = self._config(grid, block, smem, stream)
         (result,) = self._cu.cuLaunchKernelEx(config, self._kernel, frame.address, 0)
-        if result.value == self._cu.CUresult.CUDA_ERROR_INVALID_CONTEXT.value:
-            # A thread that has made no CUDA call yet has no current context: give it torch's.
-            torch.cuda.set_device(device)
+        if self._lacks_context(result, device):
             (result,) = self._cu.cuLaunchKernelEx(config, self._kernel, frame.address, 0)
         if result.value != 0:
             _checked((result,), f"{self.entry}: launch with grid {grid}, block {block}")

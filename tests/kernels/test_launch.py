@@ -7,6 +7,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -176,7 +177,8 @@ class PretendedDriver:
         self._parameter_bytes = parameter_bytes
         self.launches: list[tuple[Any, list[bytes]]] = []
         self.attributes: list[int] = []
-        self.results: list[Any] = []
+        self.results: list[Any] = []  # of the next launches
+        self.parameter_results: list[Any] = []  # of the next cuKernelGetParamInfo
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
@@ -188,6 +190,8 @@ class PretendedDriver:
         return self.CUresult.CUDA_SUCCESS, name.decode()
 
     def cuKernelGetParamInfo(self, kernel: str, index: int) -> tuple:
+        if self.parameter_results:
+            return self.parameter_results.pop(0), None, None
         if index >= len(self._parameter_bytes):
             return self.CUresult.CUDA_ERROR_INVALID_VALUE, None, None
         return self.CUresult.CUDA_SUCCESS, 0, self._parameter_bytes[index]
@@ -269,6 +273,16 @@ def test_a_thread_without_a_context_gets_torchs(
     pretended.results = [pretended.CUresult.CUDA_ERROR_INVALID_CONTEXT]
     launch.Kernel(b"", "k")(1, 32, ARGS)
     assert devices == [0] and len(pretended.launches) == 2
+
+
+def test_a_kernel_loads_in_a_thread_without_a_context(
+    pretended: PretendedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    pretended.parameter_results = [pretended.CUresult.CUDA_ERROR_INVALID_CONTEXT]
+    launch.Kernel(b"", "k")(1, 32, ARGS)
+    assert devices == [0] and len(pretended.launches) == 1
 
 
 def test_a_failed_launch_names_the_kernel_and_the_reason(pretended: PretendedDriver) -> None:
@@ -397,3 +411,25 @@ def test_launch_costs_little_host_time(kernels: Any) -> None:
             kernel(1, 32, args)
         times_us.append((time.perf_counter() - start) * 1e4)
     assert min(times_us) < 20.0, f"{min(times_us):.1f} us per launch"
+
+
+@pytest.mark.gpu
+def test_load_and_launch_in_a_thread_that_made_no_cuda_call(tmp_path: Path) -> None:
+    path = tmp_path / "launch.cuh"
+    path.write_text(KERNELS)
+    cubin = jit.compile(jit.KernelSpec(str(path), "add_one")).cubin
+    y = torch.zeros(32, dtype=torch.int32, device="cuda")
+    torch.cuda.synchronize()
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            launch.Kernel(cubin, "add_one")(1, 32, [y])
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failures, failures
+    assert y.tolist() == [1] * 32
