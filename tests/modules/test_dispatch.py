@@ -182,7 +182,9 @@ def test_main_grad_of_a_sharded_parameter(group):
     torch.manual_seed(0)
     experts(*inputs()).float().square().mean().backward()
     for p, grad in zip(experts.parameters(), expected, strict=True):
-        assert p.grad is None and p.grad_added_to_main_grad
+        # torch 2.11 makes zeros of the gradient that is not there, on the way to the DTensor.
+        assert p.grad is None or not p.grad.to_local().any()
+        assert p.grad_added_to_main_grad
         assert torch.equal(p.main_grad, grad)
     reduce_expert_gradients(experts)
     assert torch.equal(experts.w2.main_grad, expected[1])
