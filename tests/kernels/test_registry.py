@@ -119,6 +119,43 @@ def test_mutating_op(ops: dict[str, Any]) -> None:
     torch.library.opcheck(ops["fill"].op, (x, out))
 
 
+def test_the_short_way_to_the_cuda_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken where nothing watches."""
+    calls: list[str] = []
+    op = registry.define_op(
+        "test_short(Tensor x, Tensor(a!) out) -> ()",
+        cpu=lambda x, out: calls.append("dispatched"),
+        cuda=lambda x, out: calls.append("direct"),
+        fake=lambda x, out: None,
+    )
+    monkeypatch.setattr(registry, "backend", lambda device: "cuda")
+    x, out = torch.ones(2), torch.zeros(2)
+    op(x, out)
+    assert calls == ["dispatched"]  # a CPU tensor
+    monkeypatch.setattr(registry, "_observed", lambda first: False)
+    op(x, out)
+    assert calls == ["dispatched", "direct"]
+
+
+@pytest.mark.gpu
+def test_what_watches_a_call() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Nothing(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(2, device="cuda")
+    assert registry._observed(x)  # autograd
+    with torch.no_grad():
+        assert not registry._observed(x)
+        assert registry._observed(torch.nn.Parameter(x)) and registry._observed(x.cpu())
+        with Nothing():
+            assert registry._observed(x)
+        with torch.profiler.profile():
+            assert registry._observed(x)
+
+
 def test_compiles_into_one_graph_and_sees_strides(ops: dict[str, Any]) -> None:
     def f(x: torch.Tensor) -> torch.Tensor:
         return ops["halves"](x.t().contiguous().t(), True)[0] + 1

@@ -254,7 +254,19 @@ def test_swiglu(emulated: Start, pow2: bool, h_fp8: bool) -> None:
         assert_same(scale_t[:, : used // 128], wanted_scale[:, : used // 128])
 
 
-# --------------------------------------------------------------------------------- negative control
+# -------------------------------------------------------------------------------- negative controls
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, right: str, wrong: str) -> None:
+    """Every kernel is compiled with `wrong` in the place of `right`."""
+    render = cast.jit.render
+
+    def planted(spec: cast.jit.KernelSpec) -> str:
+        source = render(spec)
+        assert right in source
+        return source.replace(right, wrong)
+
+    monkeypatch.setattr(cast.jit, "render", planted)
 
 
 @pytest.mark.parametrize(
@@ -270,14 +282,7 @@ def test_swiglu(emulated: Start, pow2: bool, h_fp8: bool) -> None:
 def test_a_planted_error_is_seen(
     emulated: Start, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str
 ) -> None:
-    render = cast.jit.render
-
-    def planted(spec: cast.jit.KernelSpec) -> str:
-        source = render(spec)
-        assert right in source
-        return source.replace(right, wrong)
-
-    monkeypatch.setattr(cast.jit, "render", planted)
+    plant(monkeypatch, right, wrong)
     emulated(cast)
     w = torch.randn(1, 136, 272).bfloat16()
     w[0, 0, 0] = 448.0 * 2**5
@@ -295,3 +300,85 @@ def test_a_planted_error_is_seen(
             ),
         ):
             assert_same(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("struct alignas(16) Scales", "struct Scales"),
+        ("0x98009800u", "0x94009400u"),
+        ("((exponent - 23) << 23)", "((exponent - 22) << 23)"),
+        ("amax[j] + 0x00FF00FFu", "amax[j] + 0x007F007Fu"),
+        ("slot < 0 || !inside", "!inside"),
+    ],
+    ids=["alignment", "factor", "scale", "rounding", "padding"],
+)
+def test_a_planted_error_in_the_transposition_is_seen(
+    emulated: Start, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str
+) -> None:
+    plant(monkeypatch, right, wrong)
+    _, _, _, slot_of_row, _, _ = routed(90, 2, 4, 0.1)
+    x = torch.randn(90, 256).bfloat16()
+    emulated(permute)
+    x8 = reference.cast_per_token(x, True)
+    used = used_rows(slot_of_row)
+    with pytest.raises((AssertionError, RuntimeError)):
+        data_t, scale_t = permute._permute_fp8_to_channel_cuda(*x8, slot_of_row, 2, True)
+        expected = reference.permute_fp8_to_channel(*x8, slot_of_row, 2, True)
+        assert_same(data_t[:, :used], expected[0][:, :used])
+        assert_same(scale_t[:, : used // 128], expected[1][:, : used // 128])
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("| lane_of_row(i)", "| i"),
+        ("((lane >> 1) & 1)", "(lane & 1)"),
+        ("8 * (chunk & 1)", "0 * (chunk & 1)"),
+    ],
+    ids=["shuffle", "row", "half"],
+)
+def test_a_planted_error_in_the_cast_permutation_is_seen(
+    emulated: Start, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str
+) -> None:
+    plant(monkeypatch, right, wrong)
+    _, _, _, slot_of_row, _, _ = routed(90, 2, 4, 0.1)
+    x = (torch.randn(90, 128) * torch.randint(-5, 6, (90, 1)).exp2()).bfloat16()
+    emulated(cast_permute, permute)
+    used = used_rows(slot_of_row)
+    with pytest.raises((AssertionError, RuntimeError)):
+        got = cast_permute._both_cuda(x, slot_of_row, 2, True)
+        expected = reference.cast_permute_both(x, slot_of_row, 2, True)
+        assert_same(got[0][:used], expected[0][:used])
+        assert_same(got[1][:used], expected[1][:used])
+        assert_same(got[2][:, :used], expected[2][:, :used])
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("kind == 1 ? gate_scale + row", "kind == 1 ? up_scale + row"),
+        ("weight_of_row(row_values, 16 + i)", "weight_of_row(row_values, 8 + i)"),
+        ("slot < 0 ? 0.0f : __ldg(at)", "__ldg(at)"),
+        ("(16 * (j & 1))", "(16 * (j & 2))"),
+    ],
+    ids=["gate", "up", "padding", "pair"],
+)
+def test_a_planted_error_in_swiglu_from_fp8_is_seen(
+    emulated: Start, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str
+) -> None:
+    plant(monkeypatch, right, wrong)
+    _, weights, _, slot_of_row, _, _ = routed(70, 2, 3, 0.1)
+    capacity, used = len(slot_of_row), used_rows(slot_of_row)
+    h = torch.randn(capacity, 256) * torch.randint(-3, 4, (capacity, 1)).exp2()
+    h[:, :128] *= 8
+    da = torch.randn(capacity, 128).bfloat16()
+    *_, h8, h_scale = reference.swiglu_cast_both(h.bfloat16(), weights, slot_of_row, True)
+    h_scale[slot_of_row < 0] = math.nan
+    emulated(swiglu)
+    dh = torch.empty(capacity, 256, dtype=torch.bfloat16)
+    with pytest.raises((AssertionError, RuntimeError)):
+        swiglu._launch_backward(h8, h_scale, da, weights, slot_of_row, True, dh, None)
+        exact = reference.dequantize_per_token(h8, h_scale)
+        wanted = reference.swiglu_backward_rows(exact, da, weights, slot_of_row)[0]
+        torch.testing.assert_close(dh[:used], wanted[:used], rtol=2**-7, atol=1e-5)
