@@ -354,14 +354,18 @@ class Kernel:
             sizes.append(size)
 
     def _lacks_context(self, result: Any, device: int) -> bool:
-        """Whether a call failed because this thread had no current context; now it has torch's.
+        """Whether a call failed because this thread had no current context; now it has one.
 
-        Threads start without one until their first call of the CUDA runtime, and the thread of the
-        backward pass may come here before that.
+        Threads have none until their first call of the CUDA runtime, and the thread of the backward
+        pass may come here before that. The primary context is the one that the runtime uses.
+        torch.cuda.set_device is no substitute: versions of it return early where the index is the same.
         """
-        if result.value != self._cu.CUresult.CUDA_ERROR_INVALID_CONTEXT.value:
+        cu = self._cu
+        if result.value != cu.CUresult.CUDA_ERROR_INVALID_CONTEXT.value:
             return False
-        torch.cuda.set_device(device)
+        (handle,) = _checked(cu.cuDeviceGet(device), "cuDeviceGet")
+        (context,) = _checked(cu.cuDevicePrimaryCtxRetain(handle), "cuDevicePrimaryCtxRetain")
+        _checked(cu.cuCtxSetCurrent(context), "cuCtxSetCurrent")
         return True
 
     def _pack(self, args: Sequence[Any]) -> tuple[ArgumentFrame, int]:

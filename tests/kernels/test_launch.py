@@ -177,6 +177,7 @@ class PretendedDriver:
         self._parameter_bytes = parameter_bytes
         self.launches: list[tuple[Any, list[bytes]]] = []
         self.attributes: list[int] = []
+        self.contexts: list[str] = []
         self.results: list[Any] = []  # of the next launches
         self.parameter_results: list[Any] = []  # of the next cuKernelGetParamInfo
 
@@ -198,6 +199,13 @@ class PretendedDriver:
 
     def cuDeviceGet(self, index: int) -> tuple:
         return self.CUresult.CUDA_SUCCESS, index
+
+    def cuDevicePrimaryCtxRetain(self, device: int) -> tuple:
+        return self.CUresult.CUDA_SUCCESS, f"context {device}"
+
+    def cuCtxSetCurrent(self, context: str) -> tuple:
+        self.contexts.append(context)
+        return (self.CUresult.CUDA_SUCCESS,)
 
     def cuKernelSetAttribute(self, attribute: Any, value: int, *args: Any) -> tuple:
         self.attributes.append(value)
@@ -265,24 +273,16 @@ def test_mismatched_arguments_do_not_launch(pretended: PretendedDriver) -> None:
     assert pretended.launches == []
 
 
-def test_a_thread_without_a_context_gets_torchs(
-    pretended: PretendedDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    devices: list[int] = []
-    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+def test_a_thread_without_a_context_gets_the_primary_one(pretended: PretendedDriver) -> None:
     pretended.results = [pretended.CUresult.CUDA_ERROR_INVALID_CONTEXT]
     launch.Kernel(b"", "k")(1, 32, ARGS)
-    assert devices == [0] and len(pretended.launches) == 2
+    assert pretended.contexts == ["context 0"] and len(pretended.launches) == 2
 
 
-def test_a_kernel_loads_in_a_thread_without_a_context(
-    pretended: PretendedDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    devices: list[int] = []
-    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+def test_a_kernel_loads_in_a_thread_without_a_context(pretended: PretendedDriver) -> None:
     pretended.parameter_results = [pretended.CUresult.CUDA_ERROR_INVALID_CONTEXT]
     launch.Kernel(b"", "k")(1, 32, ARGS)
-    assert devices == [0] and len(pretended.launches) == 1
+    assert pretended.contexts == ["context 0"] and len(pretended.launches) == 1
 
 
 def test_a_failed_launch_names_the_kernel_and_the_reason(pretended: PretendedDriver) -> None:
