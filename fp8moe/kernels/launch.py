@@ -358,7 +358,7 @@ class Kernel:
 
         Threads have none until their first call of the CUDA runtime, and the thread of the backward
         pass may come here before that. The primary context is the one that the runtime uses.
-        torch.cuda.set_device is no substitute: versions of it return early where the index is the same.
+        torch.cuda.set_device is no substitute: versions of it do nothing for the same index.
         """
         cu = self._cu
         if result.value != cu.CUresult.CUDA_ERROR_INVALID_CONTEXT.value:
