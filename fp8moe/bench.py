@@ -15,11 +15,11 @@ from fp8moe.shapes import LayerShape
 
 def missing() -> str | None:
     """Why this machine cannot run the timing; None when it can."""
-    from fp8moe.kernels import launch, registry
+    from fp8moe.kernels import driver, registry
 
     try:
-        launch.driver()
-    except launch.DriverError as error:
+        driver.driver()
+    except driver.DriverError as error:
         found = str(error)
     else:
         if not torch.cuda.is_available():

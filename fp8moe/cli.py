@@ -101,12 +101,12 @@ def _doctor(args: argparse.Namespace) -> int:
 def _this_gpus_sms() -> int:
     import torch
 
-    from fp8moe.kernels import launch
+    from fp8moe.kernels import driver
     from fp8moe.warmup import H100_SMS
 
     try:
-        launch.driver()
-    except launch.DriverError:
+        driver.driver()
+    except driver.DriverError:
         return H100_SMS
     if not torch.cuda.is_available():
         return H100_SMS

@@ -31,11 +31,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def _driver() -> dict[str, Any]:
-    from fp8moe.kernels import launch
+    from fp8moe.kernels import driver
 
     try:
-        return {"ok": True, "version": launch.driver_version(), "reason": None}
-    except launch.DriverError as error:
+        return {"ok": True, "version": driver.driver_version(), "reason": None}
+    except driver.DriverError as error:
         return {"ok": False, "version": None, "reason": _first_line(error)}
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fp8moe import bench, cli, doctor, shapes, warmup
-from fp8moe.kernels import disk_cache, jit, launch, registry
+from fp8moe.kernels import disk_cache, driver, jit, registry
 
 
 @pytest.fixture(autouse=True)
@@ -25,9 +25,9 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent() -> None:
-        raise launch.DriverError("CUDA driver: expected an NVIDIA driver, found no libcuda")
+        raise driver.DriverError("CUDA driver: expected an NVIDIA driver, found no libcuda")
 
-    monkeypatch.setattr(launch, "driver", absent)
+    monkeypatch.setattr(driver, "driver", absent)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
@@ -262,7 +262,7 @@ def test_bench_says_what_it_needs(no_driver: None, capsys: pytest.CaptureFixture
 
 
 def test_bench_names_a_gpu_that_is_not_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "driver", lambda: None)
+    monkeypatch.setattr(driver, "driver", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(registry, "_gpu", lambda index: ("NVIDIA L4", (8, 9)))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from fp8moe.kernels import heuristics, jit, launch, operands, reference, registry, status
+from fp8moe.kernels import heuristics, jit, launch, operands, reference, registry, status, tma
 from fp8moe.kernels.fp8tensor import BLOCK, FP8Tensor
 from fp8moe.kernels.heuristics import Grouping, Output, Problem, Tile
 
@@ -61,10 +61,10 @@ def _block_stride(scale: torch.Tensor) -> int:
     return scale.stride(-1) if scale.shape[-1] > 1 else 0
 
 
-def _operand_map(t: torch.Tensor, box_rows: int) -> launch.TensorMap:
+def _operand_map(t: torch.Tensor, box_rows: int) -> tma.TensorMap:
     """Blocks of box_rows x 128 of an FP8 operand, all its groups as one matrix."""
     k = t.shape[-1]
-    return launch.tensor_map(
+    return tma.tensor_map(
         t.data_ptr(),
         dtype="u8",
         rows=t.numel() // k,
@@ -127,7 +127,7 @@ def _launch(
     map_b = _operand_map(b, plan.tile.block_n)
     # The epilogue's TMA stores; without them the kernel does not look at it.
     map_d = (
-        launch.tensor_map(
+        tma.tensor_map(
             out.data_ptr(),
             dtype="bf16",
             rows=out.numel() // p.n,

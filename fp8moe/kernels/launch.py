@@ -1,4 +1,4 @@
-"""TMA descriptors, argument packing and launches through the CUDA driver.
+"""Argument packing and launches through the CUDA driver.
 
 A launch goes through ``cuLaunchKernelEx`` with a cached launch configuration and arguments packed
 into memory that was laid out once: the driver's Python bindings then cost well under a microsecond,
@@ -12,178 +12,17 @@ import functools
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
+
+from fp8moe.kernels.driver import checked, driver
+from fp8moe.kernels.tma import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES, TensorMap
 
 Dim = int | tuple[int, ...]
 
 _DEFAULT_SMEM_BYTES = 48 * 1024
-_TENSOR_MAP_BYTES = 128
-_TENSOR_MAP_ALIGN = 64
 _MAX_CONFIGS = 1024
-
-
-class DriverError(RuntimeError):
-    """A CUDA driver call failed."""
-
-
-@functools.cache
-def driver() -> Any:
-    """The bindings of the CUDA driver, initialised.
-
-    Raises: DriverError when there is no driver, or it finds no GPU, saying which.
-    """
-    # Every other driver call is made only after this probe: without a driver, cuInit raises cleanly
-    # where others may break and leave the bindings deadlocked.
-    try:
-        from cuda.bindings import driver as bindings
-    except ImportError as error:
-        raise DriverError(
-            f"CUDA driver: expected the package cuda-python>=13, got {error}"
-        ) from error
-    try:
-        (result,) = bindings.cuInit(0)
-    except RuntimeError as error:
-        raise DriverError(
-            "CUDA driver: expected an NVIDIA driver on this machine, found no libcuda"
-        ) from error
-    if result != bindings.CUresult.CUDA_SUCCESS:
-        raise DriverError(f"CUDA driver: cuInit failed with {result.name}")
-    return bindings
-
-
-def driver_version() -> str:
-    """The CUDA version the driver supports, e.g. ``13.0``.
-
-    Raises: DriverError when there is no driver.
-    """
-    (version,) = _checked(driver().cuDriverGetVersion(), "cuDriverGetVersion")
-    return f"{version // 1000}.{version % 1000 // 10}"
-
-
-def _checked(result: tuple, call: str) -> tuple:
-    code = result[0]
-    if code.value != 0:
-        _, text = driver().cuGetErrorString(code)
-        raise DriverError(f"{call}: {code.name} ({text.decode() if text else 'no description'})")
-    return result[1:]
-
-
-# ---------------------------------------------------------------------------------- TMA descriptors
-
-
-@dataclass(frozen=True)
-class TensorMap:
-    """The 128 bytes of a TMA descriptor; a kernel takes it as a ``__grid_constant__`` parameter."""
-
-    data: bytes
-
-
-_ITEM_BYTES = {"u8": 1, "bf16": 2, "f32": 4}
-
-
-def tensor_map(
-    tensor_or_ptr: torch.Tensor | int,
-    *,
-    dtype: Literal["u8", "f32", "bf16"],
-    rows: int,
-    cols: int,
-    row_stride_bytes: int,
-    box_rows: int,
-    box_cols: int,
-    swizzle: Literal[0, 128],
-) -> TensorMap:
-    """The TMA descriptor of a rows x cols matrix read or written in box_rows x box_cols tiles.
-
-    Elements out of bounds are read as zero and not written. Descriptors are cached by all
-    arguments: they hold an address, not a tensor, so a reused address is the same descriptor.
-
-    Args:
-        tensor_or_ptr: the matrix, or the device address of its first element; 16-byte aligned.
-        dtype: element type; FP8 data is ``u8``.
-        rows, cols: extent in elements, at least 1; columns are contiguous.
-        row_stride_bytes: bytes from one row to the next, a multiple of 16.
-        box_rows, box_cols: tile, 1 to 256 each; a tile row is a multiple of 16 bytes, and at most
-            128 bytes when swizzled.
-        swizzle: 0, or 128 for the 128-byte swizzle that wgmma reads.
-
-    Raises: ValueError naming the argument that TMA does not allow; DriverError without a driver.
-
-    Source: PTX ISA, "Tensor Size, Strides and Box"; CUDA driver API, cuTensorMapEncodeTiled.
-    """
-    pointer = tensor_or_ptr if isinstance(tensor_or_ptr, int) else tensor_or_ptr.data_ptr()
-    return _tensor_map(pointer, dtype, rows, cols, row_stride_bytes, box_rows, box_cols, swizzle)
-
-
-@functools.lru_cache(maxsize=8192)
-def _tensor_map(
-    pointer: int,
-    dtype: str,
-    rows: int,
-    cols: int,
-    row_stride_bytes: int,
-    box_rows: int,
-    box_cols: int,
-    swizzle: int,
-) -> TensorMap:
-    if dtype not in _ITEM_BYTES:
-        raise ValueError(f"dtype: expected one of {', '.join(_ITEM_BYTES)}, got {dtype!r}")
-    if pointer == 0 or pointer % 16:
-        raise ValueError(f"tensor_or_ptr: expected a 16-byte aligned address, got {pointer:#x}")
-    for name, extent in (("rows", rows), ("cols", cols)):
-        if not 1 <= extent <= 2**32:
-            raise ValueError(f"{name}: expected 1 to 2**32, got {extent}")
-    item = _ITEM_BYTES[dtype]
-    if row_stride_bytes % 16 or not cols * item <= row_stride_bytes < 2**40:
-        raise ValueError(
-            f"row_stride_bytes: expected a multiple of 16 from {cols * item} (a row of {cols} "
-            f"{dtype}) to 2**40, got {row_stride_bytes}"
-        )
-    for name, extent in (("box_rows", box_rows), ("box_cols", box_cols)):
-        if not 1 <= extent <= 256:
-            raise ValueError(f"{name}: expected 1 to 256, got {extent}")
-    if swizzle not in (0, 128):
-        raise ValueError(f"swizzle: expected 0 or 128, got {swizzle}")
-    box_bytes = box_cols * item
-    if box_bytes % 16 or (swizzle and box_bytes > swizzle):
-        limit = f" up to {swizzle}" if swizzle else ""
-        raise ValueError(
-            f"box_cols: expected a multiple of 16 bytes{limit}, got {box_cols} {dtype} "
-            f"= {box_bytes} bytes"
-        )
-
-    cu = driver()
-    types = {
-        "u8": cu.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
-        "bf16": cu.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        "f32": cu.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-    }
-    swizzles = {
-        0: cu.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
-        128: cu.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-    }
-    (encoded,) = _checked(
-        cu.cuTensorMapEncodeTiled(
-            types[dtype],
-            2,
-            pointer,
-            [cu.cuuint64_t(cols), cu.cuuint64_t(rows)],
-            [cu.cuuint64_t(row_stride_bytes)],
-            [cu.cuuint32_t(box_cols), cu.cuuint32_t(box_rows)],
-            [cu.cuuint32_t(1), cu.cuuint32_t(1)],
-            cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzles[swizzle],
-            cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            cu.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        ),
-        "cuTensorMapEncodeTiled",
-    )
-    return TensorMap(ctypes.string_at(encoded.getPtr(), _TENSOR_MAP_BYTES))
-
-
-# ---------------------------------------------------------------------------------------- arguments
 
 
 class ArgumentFrame:
@@ -196,15 +35,15 @@ class ArgumentFrame:
         layout = "@"
         offsets = []
         for code in codes:
-            if code == f"{_TENSOR_MAP_BYTES}s":
-                layout += f"{-struct.calcsize(layout) % _TENSOR_MAP_ALIGN}x"
+            if code == f"{TENSOR_MAP_BYTES}s":
+                layout += f"{-struct.calcsize(layout) % TENSOR_MAP_ALIGN}x"
             layout += code
             offsets.append(struct.calcsize(layout) - struct.calcsize("@" + code))
         self.codes = list(codes)
         self.sizes = [struct.calcsize("@" + code) for code in codes]
         self._struct = struct.Struct(layout)
-        self._memory = ctypes.create_string_buffer(self._struct.size + _TENSOR_MAP_ALIGN)
-        self._start = -ctypes.addressof(self._memory) % _TENSOR_MAP_ALIGN
+        self._memory = ctypes.create_string_buffer(self._struct.size + TENSOR_MAP_ALIGN)
+        self._start = -ctypes.addressof(self._memory) % TENSOR_MAP_ALIGN
         base = ctypes.addressof(self._memory) + self._start
         self._pointers = (ctypes.c_void_p * max(len(codes), 1))(*(base + o for o in offsets))
         self.address = ctypes.addressof(self._pointers)
@@ -329,10 +168,10 @@ class Kernel:
         cu = driver()
         self.entry = entry
         self._cu = cu
-        (self._library,) = _checked(
+        (self._library,) = checked(
             cu.cuLibraryLoadData(cubin, [], [], 0, [], [], 0), "cuLibraryLoadData"
         )
-        (self._kernel,) = _checked(
+        (self._kernel,) = checked(
             cu.cuLibraryGetKernel(self._library, entry.encode()), "cuLibraryGetKernel"
         )
         self._parameter_bytes = self._parameters()
@@ -350,7 +189,7 @@ class Kernel:
                 result = self._cu.cuKernelGetParamInfo(self._kernel, len(sizes))
             if result[0] == self._cu.CUresult.CUDA_ERROR_INVALID_VALUE:
                 return sizes
-            _, size = _checked(result, "cuKernelGetParamInfo")
+            _, size = checked(result, "cuKernelGetParamInfo")
             sizes.append(size)
 
     def _lacks_context(self, result: Any, device: int) -> bool:
@@ -363,9 +202,9 @@ class Kernel:
         cu = self._cu
         if result.value != cu.CUresult.CUDA_ERROR_INVALID_CONTEXT.value:
             return False
-        (handle,) = _checked(cu.cuDeviceGet(device), "cuDeviceGet")
-        (context,) = _checked(cu.cuDevicePrimaryCtxRetain(handle), "cuDevicePrimaryCtxRetain")
-        _checked(cu.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+        (handle,) = checked(cu.cuDeviceGet(device), "cuDeviceGet")
+        (context,) = checked(cu.cuDevicePrimaryCtxRetain(handle), "cuDevicePrimaryCtxRetain")
+        checked(cu.cuCtxSetCurrent(context), "cuCtxSetCurrent")
         return True
 
     def _pack(self, args: Sequence[Any]) -> tuple[ArgumentFrame, int]:
@@ -405,9 +244,9 @@ class Kernel:
 
     def _allow_smem(self, smem: int, device: int) -> None:
         cu = self._cu
-        (handle,) = _checked(cu.cuDeviceGet(device), "cuDeviceGet")
+        (handle,) = checked(cu.cuDeviceGet(device), "cuDeviceGet")
         attribute = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(
+        checked(
             cu.cuKernelSetAttribute(attribute, smem, self._kernel, handle),
             f"{self.entry}: {smem} bytes of shared memory",
         )
@@ -446,4 +285,4 @@ class Kernel:
         if self._lacks_context(result, device):
             (result,) = self._cu.cuLaunchKernelEx(config, self._kernel, frame.address, 0)
         if result.value != 0:
-            _checked((result,), f"{self.entry}: launch with grid {grid}, block {block}")
+            checked((result,), f"{self.entry}: launch with grid {grid}, block {block}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fp8moe.kernels import disk_cache, jit, launch
+from fp8moe.kernels import disk_cache, driver, jit, launch
 
 SCALE_SOURCE = """
 extern "C" __global__ void scale(float* x, int n) {
@@ -135,10 +135,10 @@ def test_load_without_a_driver_names_the_driver(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def absent() -> None:
-        raise launch.DriverError("CUDA driver: expected an NVIDIA driver on this machine")
+        raise driver.DriverError("CUDA driver: expected an NVIDIA driver on this machine")
 
     monkeypatch.setattr(launch, "driver", absent)
-    with pytest.raises(launch.DriverError, match="expected an NVIDIA driver"):
+    with pytest.raises(driver.DriverError, match="expected an NVIDIA driver"):
         jit.load(make_spec(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""Argument packing and TMA descriptors on the CPU; launches on a GPU."""
+"""Argument packing on the CPU, launches on a pretended driver and on a GPU."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fp8moe.kernels import jit, launch
+from fp8moe.kernels import driver, jit, launch, tma
 
-MAP = launch.TensorMap(bytes(range(128)))
+MAP = tma.TensorMap(bytes(range(128)))
 
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -86,84 +85,6 @@ def test_cpu_tensor_is_refused() -> None:
         launch.encode([1, torch.zeros(3)])
 
 
-# ---------------------------------------------------------------------------------- TMA descriptors
-
-GOOD_MAP = dict(
-    tensor_or_ptr=0x1000,
-    dtype="u8",
-    rows=5,
-    cols=256,
-    row_stride_bytes=256,
-    box_rows=64,
-    box_cols=128,
-    swizzle=128,
-)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"tensor_or_ptr": 0x1008},
-            "tensor_or_ptr: expected a 16-byte aligned address, got 0x1008",
-        ),
-        ({"tensor_or_ptr": 0}, "tensor_or_ptr"),
-        ({"dtype": "f16"}, "dtype: expected one of u8, bf16, f32, got 'f16'"),
-        ({"rows": 0}, "rows: expected 1 to .*, got 0"),
-        ({"cols": 0}, "cols: expected 1 to .*, got 0"),
-        ({"row_stride_bytes": 264}, "row_stride_bytes: .* got 264"),
-        ({"row_stride_bytes": 128}, "row_stride_bytes: .* from 256 .* got 128"),
-        ({"box_rows": 257}, "box_rows: expected 1 to 256, got 257"),
-        ({"box_cols": 0}, "box_cols: expected 1 to 256, got 0"),
-        ({"swizzle": 64}, "swizzle: expected 0 or 128, got 64"),
-        ({"box_cols": 24}, "box_cols: .* multiple of 16 bytes .*got 24 u8 = 24 bytes"),
-        ({"box_cols": 144}, "box_cols: .* up to 128, got 144"),
-        (
-            {"dtype": "bf16", "row_stride_bytes": 512, "box_cols": 128},
-            "box_cols: .* got 128 bf16 = 256 bytes",
-        ),
-    ],
-)
-def test_what_tma_cannot_do_is_named(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        launch.tensor_map(**{**GOOD_MAP, **change})
-
-
-def test_descriptor_is_encoded_once_per_argument_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cuda.bindings import driver as real
-
-    calls: list[tuple] = []
-
-    def encode_tiled(*args: Any) -> tuple:
-        calls.append(args)
-        return real.CUresult.CUDA_SUCCESS, real.CUtensorMap()
-
-    names = (
-        "CUtensorMapDataType",
-        "CUtensorMapSwizzle",
-        "CUtensorMapInterleave",
-        "CUtensorMapL2promotion",
-        "CUtensorMapFloatOOBfill",
-        "cuuint64_t",
-        "cuuint32_t",
-    )
-    fake = SimpleNamespace(
-        cuTensorMapEncodeTiled=encode_tiled, **{name: getattr(real, name) for name in names}
-    )
-    monkeypatch.setattr(launch, "driver", lambda: fake)
-    launch._tensor_map.cache_clear()
-    first = launch.tensor_map(**GOOD_MAP)
-    assert len(first.data) == 128 and launch.tensor_map(**GOOD_MAP) is first
-    launch.tensor_map(**{**GOOD_MAP, "rows": 6})
-    launch._tensor_map.cache_clear()
-    assert len(calls) == 2
-    dtype, rank, pointer, dims, strides, box, elements, _, swizzle, _, _ = calls[0]
-    assert (dtype.name, rank, pointer) == ("CU_TENSOR_MAP_DATA_TYPE_UINT8", 2, 0x1000)
-    assert [int(d) for d in dims] == [256, 5] and [int(s) for s in strides] == [256]
-    assert [int(b) for b in box] == [128, 64] and [int(e) for e in elements] == [1, 1]
-    assert swizzle.name == "CU_TENSOR_MAP_SWIZZLE_128B"
-
-
 # ------------------------------------------------------------------- launches on a pretended driver
 
 
@@ -171,9 +92,9 @@ class PretendedDriver:
     """The real bindings' types, with functions that record what they are asked to do."""
 
     def __init__(self, parameter_bytes: list[int]) -> None:
-        from cuda.bindings import driver
+        from cuda.bindings import driver as real
 
-        self._real = driver
+        self._real = real
         self._parameter_bytes = parameter_bytes
         self.launches: list[tuple[Any, list[bytes]]] = []
         self.attributes: list[int] = []
@@ -224,11 +145,12 @@ class PretendedDriver:
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> PretendedDriver:
-    driver = PretendedDriver([8, 4, 4])
-    monkeypatch.setattr(launch, "driver", lambda: driver)
+    fake = PretendedDriver([8, 4, 4])
+    for module in (launch, driver):
+        monkeypatch.setattr(module, "driver", lambda: fake)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda i: 0x77, raising=False)
-    return driver
+    return fake
 
 
 ARGS = [ctypes.c_void_p(0x1234), 5, 2.5]
@@ -287,7 +209,7 @@ def test_a_kernel_loads_in_a_thread_without_a_context(pretended: PretendedDriver
 
 def test_a_failed_launch_names_the_kernel_and_the_reason(pretended: PretendedDriver) -> None:
     pretended.results = [pretended.CUresult.CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES]
-    with pytest.raises(launch.DriverError) as caught:
+    with pytest.raises(driver.DriverError) as caught:
         launch.Kernel(b"", "k")(7, 2048, ARGS)
     for part in ("k: launch with grid 7, block 2048", "OUT_OF_RESOURCES", "said the driver"):
         assert part in str(caught.value)
@@ -354,7 +276,7 @@ def test_more_than_48_kib_of_shared_memory(kernels: Any) -> None:
 @pytest.mark.gpu
 def test_too_much_shared_memory_names_the_kernel(kernels: Any) -> None:
     y = torch.empty(50000, dtype=torch.int32, device="cuda")
-    with pytest.raises(launch.DriverError, match="big_smem: 300000 bytes of shared memory"):
+    with pytest.raises(driver.DriverError, match="big_smem: 300000 bytes of shared memory"):
         kernels("big_smem")(1, 256, [y], smem=300_000)
 
 

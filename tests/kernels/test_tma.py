@@ -1,0 +1,85 @@
+"""TMA descriptors: what is encoded, and what is refused before it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fp8moe.kernels import tma
+
+GOOD_MAP = dict(
+    tensor_or_ptr=0x1000,
+    dtype="u8",
+    rows=5,
+    cols=256,
+    row_stride_bytes=256,
+    box_rows=64,
+    box_cols=128,
+    swizzle=128,
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"tensor_or_ptr": 0x1008},
+            "tensor_or_ptr: expected a 16-byte aligned address, got 0x1008",
+        ),
+        ({"tensor_or_ptr": 0}, "tensor_or_ptr"),
+        ({"dtype": "f16"}, "dtype: expected one of u8, bf16, f32, got 'f16'"),
+        ({"rows": 0}, "rows: expected 1 to .*, got 0"),
+        ({"cols": 0}, "cols: expected 1 to .*, got 0"),
+        ({"row_stride_bytes": 264}, "row_stride_bytes: .* got 264"),
+        ({"row_stride_bytes": 128}, "row_stride_bytes: .* from 256 .* got 128"),
+        ({"box_rows": 257}, "box_rows: expected 1 to 256, got 257"),
+        ({"box_cols": 0}, "box_cols: expected 1 to 256, got 0"),
+        ({"swizzle": 64}, "swizzle: expected 0 or 128, got 64"),
+        ({"box_cols": 24}, "box_cols: .* multiple of 16 bytes .*got 24 u8 = 24 bytes"),
+        ({"box_cols": 144}, "box_cols: .* up to 128, got 144"),
+        (
+            {"dtype": "bf16", "row_stride_bytes": 512, "box_cols": 128},
+            "box_cols: .* got 128 bf16 = 256 bytes",
+        ),
+    ],
+)
+def test_what_tma_cannot_do_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tma.tensor_map(**{**GOOD_MAP, **change})
+
+
+def test_descriptor_is_encoded_once_per_argument_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cuda.bindings import driver as real
+
+    calls: list[tuple] = []
+
+    def encode_tiled(*args: Any) -> tuple:
+        calls.append(args)
+        return real.CUresult.CUDA_SUCCESS, real.CUtensorMap()
+
+    names = (
+        "CUtensorMapDataType",
+        "CUtensorMapSwizzle",
+        "CUtensorMapInterleave",
+        "CUtensorMapL2promotion",
+        "CUtensorMapFloatOOBfill",
+        "cuuint64_t",
+        "cuuint32_t",
+    )
+    fake = SimpleNamespace(
+        cuTensorMapEncodeTiled=encode_tiled, **{name: getattr(real, name) for name in names}
+    )
+    monkeypatch.setattr(tma, "driver", lambda: fake)
+    tma._tensor_map.cache_clear()
+    first = tma.tensor_map(**GOOD_MAP)
+    assert len(first.data) == 128 and tma.tensor_map(**GOOD_MAP) is first
+    tma.tensor_map(**{**GOOD_MAP, "rows": 6})
+    tma._tensor_map.cache_clear()
+    assert len(calls) == 2
+    dtype, rank, pointer, dims, strides, box, elements, _, swizzle, _, _ = calls[0]
+    assert (dtype.name, rank, pointer) == ("CU_TENSOR_MAP_DATA_TYPE_UINT8", 2, 0x1000)
+    assert [int(d) for d in dims] == [256, 5] and [int(s) for s in strides] == [256]
+    assert [int(b) for b in box] == [128, 64] and [int(e) for e in elements] == [1, 1]
+    assert swizzle.name == "CU_TENSOR_MAP_SWIZZLE_128B"
