@@ -3,10 +3,13 @@
     python -m benchmarks.gemm                      # every family
     python -m benchmarks.gemm --family k_grouped --json results/gemm.jsonl
     python -m benchmarks.gemm --search             # every shipped tile instead of the chosen one
+    python -m benchmarks.gemm --sustained --plot gemm.png
 
 Each shape is checked against an FP32 product of the dequantized operands before it is timed. Peers:
 ``torch._scaled_mm`` tensorwise (dense), ``torch._scaled_grouped_mm`` rowwise (m_grouped), torch's
-BF16 ``_grouped_mm`` (wgrad). ``ratio`` is peer time / our time: above 1 we are faster.
+BF16 ``_grouped_mm`` (wgrad). ``ratio`` is peer time / our time: above 1 we are faster. ``us`` is
+kernel time after a flush of L2; ``host us`` what the public operator costs the host. The family
+``unaligned`` has the groups of ``m_grouped`` with every inner end moved off the multiples of 128.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,6 +36,7 @@ class Shape(NamedTuple):
     n: int
     k: int
     uneven: bool = False
+    moved: bool = False  # group ends off the multiples of 128
 
 
 _DENSE_NK = [
@@ -59,6 +63,11 @@ SHAPES = [
     *(Shape("dense", 1, 4096, n, k) for n, k in _DENSE_NK),
     *(Shape("short", 1, m, n, k) for m in (1, 64, 128) for n, k in _SHORT_NK),
     *(Shape("m_grouped", g, m, n, k) for g, m in ((4, 8192), (8, 4096)) for n, k in _GROUPED_NK),
+    *(
+        Shape("unaligned", g, m, n, k, moved=True)
+        for g, m in ((4, 8192), (8, 4096))
+        for n, k in _GROUPED_NK
+    ),
     *(Shape("masked", *shape) for shape in _MASKED),
     Shape("k_grouped", 8, 4096, 7168, 4096),
     Shape("k_grouped", 8, 7168, 2048, 4096),
@@ -85,6 +94,10 @@ class Case(NamedTuple):
 
 
 def _sizes(s: Shape, mean: int) -> list[int]:
+    if s.moved:
+        ends = [mean * (g + 1) + 1 + 37 * g % 90 for g in range(s.groups - 1)]
+        ends.append(mean * s.groups)
+        return [b - a for a, b in zip([0, *ends[:-1]], ends, strict=True)]
     if not s.uneven:
         return [mean] * s.groups
     ends = testing.ragged_group_ends(mean * s.groups, s.groups, seed=1, kind="uniform").tolist()
@@ -218,14 +231,15 @@ def measure(s: Shape, search: bool, iterations: int, sustained: bool) -> list[di
     functions: dict[str, Callable[[], object]] = {
         name: (lambda c=config: case.run(c)) for name, config in names.items()
     }
-    times = harness.time_interleaved({**functions, **case.peers}, iterations)
+    times = harness.time_kernels({**functions, **case.peers}, iterations)
+    host = harness.host_time(functions[next(iter(functions))])
     peer = next(iter(case.peers), None)
     rows = []
     for name, config in names.items():
         row: dict[str, object] = {
             "family": s.family, "G": s.groups, "m": s.m, "n": s.n, "k": s.k,
             "tile": name, "us": times[name], "tflops": case.flops / times[name] / 1e6,
-            "chosen": "*" if config == chosen else "",
+            "chosen": "*" if config == chosen else "", "host us": host,
         }  # fmt: skip
         if peer:
             row |= {"peer": peer, "peer_us": times[peer], "ratio": times[peer] / times[name]}
@@ -241,17 +255,18 @@ def measure(s: Shape, search: bool, iterations: int, sustained: bool) -> list[di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--family", nargs="*", help="dense short m_grouped masked k_grouped fine fine_wgrad"
+        "--family", nargs="*", choices=list(dict.fromkeys(s.family for s in SHAPES))
     )
     parser.add_argument("--search", action="store_true", help="time every shipped tile")
     parser.add_argument("--sustained", action="store_true", help="also back to back")
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--json", help="file to append rows to")
+    parser.add_argument("--plot", metavar="FILE", help="picture of TFLOP/s beside the peers'")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.gemm needs a Hopper GPU; this machine has no CUDA device")
     columns = ["family", "G", "m", "n", "k", "tile", "chosen", "us", "tflops", "peer", "peer_us",
-               "ratio", "sustained_tflops", "sustained_ratio"]  # fmt: skip
+               "ratio", "host us", "sustained_tflops", "sustained_ratio"]  # fmt: skip
     everything = []
     for family in args.family or dict.fromkeys(s.family for s in SHAPES):
         rows = []
@@ -267,6 +282,34 @@ def main() -> None:
             )
         everything += rows
     harness.append_json(args.json, everything)
+    if args.plot:
+        plot(everything, args.plot)
+
+
+def plot(rows: list[dict[str, Any]], path: str) -> None:
+    """TFLOP/s of the chosen tile and of the peer, a panel a family."""
+    from matplotlib.figure import Figure
+
+    chosen = [row for row in rows if row["chosen"]]
+    families = list(dict.fromkeys(row["family"] for row in chosen))
+    figure = Figure(figsize=(9, 2.6 * len(families)), layout="constrained")
+    for axes, family in zip(
+        figure.subplots(len(families), squeeze=False)[:, 0], families, strict=True
+    ):
+        part = [row for row in chosen if row["family"] == family]
+        at = range(len(part))
+        axes.bar([i - 0.2 for i in at], [row["tflops"] for row in part], 0.4, label="fp8moe")
+        beside = [
+            (i + 0.2, row["tflops"] / row["ratio"]) for i, row in enumerate(part) if "ratio" in row
+        ]
+        if beside:
+            axes.bar(*zip(*beside, strict=True), 0.4, label=part[0]["peer"])
+        axes.set_xticks(
+            list(at), [f"{r['G']}x{r['m']}\n{r['n']}x{r['k']}" for r in part], fontsize=6
+        )
+        axes.set_ylabel(f"{family}\nTFLOP/s")
+        axes.legend(fontsize=7)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,16 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import fp8moe
 
 FLUSH_BYTES = 256 << 20  # several times the L2 of an H100 (50 MB) or H200 (60 MB)
 COPY_BYTES = 1 << 30
+COOL_BYTES = 8 << 30  # read in about 3 ms
 _SPIN_CYCLES = 300_000
 
 
@@ -93,6 +96,71 @@ def time_interleaved(
     }
 
 
+class KernelRecord(NamedTuple):
+    """One kernel of a profile, times in us."""
+
+    start: float
+    name: str
+    duration: float
+
+
+def _profile(run: Callable[[], object]) -> list[KernelRecord]:
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+        run()
+        torch.cuda.synchronize()
+    return sorted(
+        KernelRecord(e.time_range.start, e.name, e.device_time)
+        for e in prof.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA
+    )
+
+
+def between_flushes(records: list[KernelRecord], flush: set[str]) -> list[float]:
+    """Kernel time in us after each flush and before the next; consecutive flush kernels are one."""
+    sums: list[float] = []
+    flushing = False
+    for record in records:
+        if record.name in flush:
+            if not flushing:
+                sums.append(0.0)
+        elif sums:
+            sums[-1] += record.duration
+        flushing = record.name in flush
+    return sums
+
+
+def time_kernels(
+    functions: dict[str, Callable[[], object]], iterations: int = 20
+) -> dict[str, float]:
+    """Median kernel time in us of each function, in alternation, from an L2 full of foreign data.
+
+    The sum of the durations of the function's kernels as CUPTI records them: without launch
+    latency, which events include (about 3 us). The flush reads 8 GiB, so that the card is as cool
+    before a long kernel as before a short one.
+    """
+    foreign = torch.zeros(COOL_BYTES // 8, dtype=torch.int64, device="cuda")
+    for fn in functions.values():
+        for _ in range(2):
+            fn()
+    foreign.amax()
+    torch.cuda.synchronize()
+    flush = {record.name for record in _profile(foreign.amax)}
+
+    def run() -> None:
+        for _ in range(iterations):
+            for fn in functions.values():
+                foreign.amax()
+                fn()
+
+    sums = between_flushes(_profile(run), flush)
+    if len(sums) != iterations * len(functions):
+        raise RuntimeError(
+            f"time_kernels: expected {iterations * len(functions)} flushes in the profile, "
+            f"got {len(sums)}; a function launches a kernel named like the flush's"
+        )
+    return {name: statistics.median(sums[i :: len(functions)]) for i, name in enumerate(functions)}
+
+
 def time_sustained(fn: Callable[[], object], seconds: float = 0.25) -> float:
     """Mean time in us of back-to-back launches on a card that has been kept busy as long before."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -134,6 +202,18 @@ def time_back_to_back(
             if round_:  # the first one warms up
                 times[name].append((time.perf_counter() - start) * 1e6 / calls)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def host_time(fn: Callable[[], object], calls: int = 200) -> float:
+    """Median host time in us of a call, with the GPU never more than one call behind."""
+    times = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        fn()
+        times.append((time.perf_counter() - start) * 1e6)
+    torch.cuda.synchronize()
+    return statistics.median(times)
 
 
 def copy_rate() -> float:
