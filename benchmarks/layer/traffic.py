@@ -13,12 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 KERNELS: dict[str, tuple[str, ...]] = {
     "route": ("route_count", "route_place"),
     "cast_permute_both": ("cast_permute_to_channel",),
+    "permute_fp8_to_channel": ("permute_to_channel",),
     "m_grouped_gemm_nt": ("gemm",),
     "k_grouped_gemm": ("gemm",),
     "swiglu_cast_both": ("swiglu_cast",),
     **{
         name: (name,)
         for name in (
+            "cast_per_token",
             "cast_permute",
             "cast_permute_to_channel",
             "cast_per_block",

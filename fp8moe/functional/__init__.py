@@ -27,6 +27,7 @@ token once. Everything between two GEMMs is one pass over memory:
     forward   route; cast + permute x -> h -> SwiGLU * p + casts -> y rows -> sum
     backward  cast + permute dy (rows and columns) -> da' -> SwiGLU' + all casts
               -> dw2 -> dx rows -> sum; cast + permute x to columns -> dw13
+                                        (with many experts a token: cast x, then permute)
 
 Backward needs h and x. h is kept as `FP8Config.save` says; x is the caller's own tensor, alive
 anyway, and is cast a second time.

@@ -12,6 +12,14 @@ from fp8moe.kernels.cast_permute import cast_permute, cast_permute_both, cast_pe
 from fp8moe.kernels.fp8tensor import FP8Tensor
 from fp8moe.kernels.permute import permute_fp8, permute_fp8_both, permute_fp8_to_channel
 
+ONE_PASS_TOPK = 4
+"""Slots per token up to which columns are made of high-precision tokens in one pass.
+
+A token is then read once for each of its K rows, from L2, in twice the bytes of FP8. Measured on an
+H100: in one pass 0.70 us for each million elements in expert order; in two 0.49 us, and 1.0 us for
+each million in token order.
+"""
+
 
 class Tokens(NamedTuple):
     """(T, H) in token order: of high precision, cast while it is permuted, or in FP8 already.
@@ -30,7 +38,7 @@ class Tokens(NamedTuple):
         return cls(data) if scale is None else cls(*restore(data, scale))
 
     def fp8(self, pow2: bool) -> FP8Tensor:
-        """The tokens in FP8, in token order: for observers."""
+        """The tokens in FP8, in token order."""
         if self.scale is None:
             return FP8Tensor(*cast_per_token(self.data, pow2))
         return FP8Tensor(self.data, self.scale)
@@ -43,9 +51,9 @@ class Tokens(NamedTuple):
 
     def columns(self, slot_of_row: torch.Tensor, topk: int, pow2: bool) -> FP8Tensor:
         """(H, Rcap) per_channel, in expert order."""
-        if self.scale is None:
+        if self.scale is None and topk <= ONE_PASS_TOPK:
             return FP8Tensor(*cast_permute_to_channel(self.data, slot_of_row, topk, pow2))
-        return FP8Tensor(*permute_fp8_to_channel(self.data, self.scale, slot_of_row, topk, pow2))
+        return FP8Tensor(*permute_fp8_to_channel(*self.fp8(pow2), slot_of_row, topk, pow2))
 
     def both(self, slot_of_row: torch.Tensor, topk: int, pow2: bool) -> tuple[FP8Tensor, FP8Tensor]:
         """(rows, columns) from one read."""

@@ -104,6 +104,12 @@ def test_saved_bytes_of_the_layer_are_its_activations():
         assert found == h + maps, name
 
 
+def test_operators_of_many_experts_a_token_are_known():
+    inputs = make_inputs(SHAPE._replace(topk=8, experts=16), CPU)
+    calls = traffic.calls_of(step(FP8MOE["fp8moe fp8"], inputs), inputs.ids, 16)
+    assert {"cast_per_token", "permute_fp8_to_channel"} <= {c.label for c in calls}
+
+
 @pytest.mark.parametrize("name", FP8MOE)
 def test_recorded_operators_and_their_bytes(name):
     inputs = make_inputs(SHAPE, CPU)
