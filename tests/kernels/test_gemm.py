@@ -213,6 +213,21 @@ def test_every_tile_of_the_masked_gemm(tile):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("groups", [heuristics.FEW_GROUPS, heuristics.FEW_GROUPS + 1, 1024])
+@pytest.mark.parametrize("tile", [heuristics.Tile(128, 256), heuristics.Tile(64, 64)], ids=str)
+def test_many_groups(groups, tile):
+    """Both lengths of the group table, which leave room for different numbers of stages."""
+    ends = testing.ragged_group_ends(40 * groups, groups, seed=2, kind="zipf", device="cuda")
+    n, k, rows = 264, 400, 40 * groups
+    a, b = _operand(rows, k, "cuda"), _weights(groups, n, k, "cuda")
+    exact = testing.oracle_m_grouped_gemm_nt(a, b, ends)
+    p = Problem(Grouping.M_GROUPED, Output.BF16, rows, n, k, groups)
+    out = _poisoned((rows, n), "cuda")
+    gemm._launch(p, a.data, a.scale, b.data, b.scale, ends, out, (tile, 2))
+    assert testing.worst_row_error(out, exact) < GATE_BF16
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("k", [128, 16384])
 def test_long_and_short_contractions(k):
     a, b = _operand(257, k, "cuda"), _weights(1, 520, k, "cuda")
