@@ -171,8 +171,9 @@ def similarity_error(out: torch.Tensor, ref: torch.Tensor) -> float:
 
 def sqnr_db(out: torch.Tensor, ref: torch.Tensor) -> float:
     """10 log10(|ref|^2 / |out - ref|^2), signal to quantization noise in dB; -infinity for NaN."""
-    noise = float((out.double() - ref.double()).square().sum())
-    signal = float(ref.double().square().sum())
+    out, ref = out.detach().double(), ref.detach().double()
+    noise = float((out - ref).square().sum())
+    signal = float(ref.square().sum())
     if math.isnan(noise) or math.isnan(signal) or math.isinf(noise):
         return -math.inf
     if noise == 0:
