@@ -53,4 +53,17 @@ def checked(result: tuple, call: str) -> tuple:
     return result[1:]
 
 
-# ---------------------------------------------------------------------------------- TMA descriptors
+def lacked_context(code: Any, device: int) -> bool:
+    """Whether a call failed because this thread had no current context; now it has: repeat it.
+
+    Threads have none until their first call of the CUDA runtime, and the thread of the backward
+    pass may come here before that. The primary context is the one that the runtime uses.
+    torch.cuda.set_device is no substitute: versions of it do nothing for the same index.
+    """
+    cu = driver()
+    if code.value != cu.CUresult.CUDA_ERROR_INVALID_CONTEXT.value:
+        return False
+    (handle,) = checked(cu.cuDeviceGet(device), "cuDeviceGet")
+    (context,) = checked(cu.cuDevicePrimaryCtxRetain(handle), "cuDevicePrimaryCtxRetain")
+    checked(cu.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+    return True

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fp8moe.kernels.driver import checked, driver
+from fp8moe.kernels.driver import checked, driver, lacked_context
 from fp8moe.kernels.tma import TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES, TensorMap
 
 Dim = int | tuple[int, ...]
@@ -185,27 +185,12 @@ class Kernel:
         sizes: list[int] = []
         while True:
             result = self._cu.cuKernelGetParamInfo(self._kernel, len(sizes))
-            if self._lacks_context(result[0], torch.cuda.current_device()):
+            if lacked_context(result[0], torch.cuda.current_device()):
                 result = self._cu.cuKernelGetParamInfo(self._kernel, len(sizes))
             if result[0] == self._cu.CUresult.CUDA_ERROR_INVALID_VALUE:
                 return sizes
             _, size = checked(result, "cuKernelGetParamInfo")
             sizes.append(size)
-
-    def _lacks_context(self, result: Any, device: int) -> bool:
-        """Whether a call failed because this thread had no current context; now it has one.
-
-        Threads have none until their first call of the CUDA runtime, and the thread of the backward
-        pass may come here before that. The primary context is the one that the runtime uses.
-        torch.cuda.set_device is no substitute: versions of it do nothing for the same index.
-        """
-        cu = self._cu
-        if result.value != cu.CUresult.CUDA_ERROR_INVALID_CONTEXT.value:
-            return False
-        (handle,) = checked(cu.cuDeviceGet(device), "cuDeviceGet")
-        (context,) = checked(cu.cuDevicePrimaryCtxRetain(handle), "cuDevicePrimaryCtxRetain")
-        checked(cu.cuCtxSetCurrent(context), "cuCtxSetCurrent")
-        return True
 
     def _pack(self, args: Sequence[Any]) -> tuple[ArgumentFrame, int]:
         """The frame that now holds `args`, and the index of their device or -1."""
@@ -282,7 +267,7 @@ class Kernel:
                 self._configs.clear()
             config = self._configs[key] = self._config(grid, block, smem, stream)
         (result,) = self._cu.cuLaunchKernelEx(config, self._kernel, frame.address, 0)
-        if self._lacks_context(result, device):
+        if result.value != 0 and lacked_context(result, device):
             (result,) = self._cu.cuLaunchKernelEx(config, self._kernel, frame.address, 0)
         if result.value != 0:
             checked((result,), f"{self.entry}: launch with grid {grid}, block {block}")

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from fp8moe.kernels.driver import checked, driver
+from fp8moe.kernels.driver import checked, driver, lacked_context
 
 TENSOR_MAP_BYTES = 128
 TENSOR_MAP_ALIGN = 64
@@ -105,8 +105,9 @@ def _tensor_map(
         0: cu.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
         128: cu.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
     }
-    (encoded,) = checked(
-        cu.cuTensorMapEncodeTiled(
+
+    def encode() -> tuple:
+        return cu.cuTensorMapEncodeTiled(
             types[dtype],
             2,
             pointer,
@@ -118,10 +119,10 @@ def _tensor_map(
             swizzles[swizzle],
             cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             cu.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        ),
-        "cuTensorMapEncodeTiled",
-    )
+        )
+
+    result = encode()
+    if lacked_context(result[0], torch.cuda.current_device()):
+        result = encode()
+    (encoded,) = checked(result, "cuTensorMapEncodeTiled")
     return TensorMap(ctypes.string_at(encoded.getPtr(), TENSOR_MAP_BYTES))
-
-
-# ---------------------------------------------------------------------------------------- arguments

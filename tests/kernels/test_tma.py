@@ -6,8 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from fp8moe.kernels import tma
+from fp8moe.kernels import driver, tma
 
 GOOD_MAP = dict(
     tensor_or_ptr=0x1000,
@@ -55,7 +56,12 @@ def test_descriptor_is_encoded_once_per_argument_set(monkeypatch: pytest.MonkeyP
 
     calls: list[tuple] = []
 
+    contexts: list[str] = []
+    results = [real.CUresult.CUDA_ERROR_INVALID_CONTEXT]  # of the first call
+
     def encode_tiled(*args: Any) -> tuple:
+        if results:
+            return results.pop(), None
         calls.append(args)
         return real.CUresult.CUDA_SUCCESS, real.CUtensorMap()
 
@@ -67,17 +73,27 @@ def test_descriptor_is_encoded_once_per_argument_set(monkeypatch: pytest.MonkeyP
         "CUtensorMapFloatOOBfill",
         "cuuint64_t",
         "cuuint32_t",
+        "CUresult",
     )
     fake = SimpleNamespace(
-        cuTensorMapEncodeTiled=encode_tiled, **{name: getattr(real, name) for name in names}
+        cuTensorMapEncodeTiled=encode_tiled,
+        cuDeviceGet=lambda index: (real.CUresult.CUDA_SUCCESS, index),
+        cuDevicePrimaryCtxRetain=lambda device: (real.CUresult.CUDA_SUCCESS, f"context {device}"),
+        cuCtxSetCurrent=lambda context: (
+            contexts.append(context),
+            (real.CUresult.CUDA_SUCCESS,),
+        )[1],
+        **{name: getattr(real, name) for name in names},
     )
-    monkeypatch.setattr(tma, "driver", lambda: fake)
+    for module in (tma, driver):
+        monkeypatch.setattr(module, "driver", lambda: fake)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     tma._tensor_map.cache_clear()
     first = tma.tensor_map(**GOOD_MAP)
     assert len(first.data) == 128 and tma.tensor_map(**GOOD_MAP) is first
     tma.tensor_map(**{**GOOD_MAP, "rows": 6})
     tma._tensor_map.cache_clear()
-    assert len(calls) == 2
+    assert len(calls) == 2 and contexts == ["context 0"]
     dtype, rank, pointer, dims, strides, box, elements, _, swizzle, _, _ = calls[0]
     assert (dtype.name, rank, pointer) == ("CU_TENSOR_MAP_DATA_TYPE_UINT8", 2, 0x1000)
     assert [int(d) for d in dims] == [256, 5] and [int(s) for s in strides] == [256]
