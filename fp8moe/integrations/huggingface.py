@@ -62,7 +62,8 @@ def _refuse_quantized(self: nn.Module, *args: Any, **kwargs: Any) -> torch.Tenso
     raise ValueError(
         f"{type(self).__name__}: the weights of this model are FP8 already (transformers' "
         "fine-grained FP8), which fp8moe's experts implementation does not train; load the "
-        "checkpoint with FineGrainedFP8Config(dequantize=True)"
+        "checkpoint with fp8moe.integrations.checkpoint.model_from_fp8_checkpoint, or with "
+        "FineGrainedFP8Config(dequantize=True) and transformers >= 5.10"
     )
 
 
