@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from checkpoint_models import NAMES, VOCAB, build, files, logits, tensors
+from checkpoint_models import NAMES, VOCAB, build, files, logits, safetensors_torch, tensors
+from tiny_models import E, H, I, transformers
 from torch import nn
 
 import fp8moe
@@ -16,9 +17,6 @@ from fp8moe.integrations.checkpoint import (
     load_fp8_checkpoint,
     model_from_fp8_checkpoint,
 )
-
-transformers = pytest.importorskip("transformers")
-safetensors_torch = pytest.importorskip("safetensors.torch")
 
 # ------------------------------------------------------------------------------------- round trips
 
@@ -69,7 +67,7 @@ def test_a_frozen_import_holds_one_byte_a_weight(tmp_path):
     export_fp8_checkpoint(build(), tmp_path / "out")
     model = model_from_fp8_checkpoint(tmp_path / "out", frozen=True)
     experts = model.model.layers[0].mlp.experts
-    weights = 3 * 4 * 128 * 128
+    weights = 3 * E * H * I
     held = sum(t.numel() * t.element_size() for t in (*experts.buffers(), *experts.parameters()))
     assert held == weights + weights // 128**2 * 4
     others = [p for n, p in model.named_parameters() if ".experts." in n]

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_models import SIZES, build, configs, files
+from checkpoint_models import build, files, safetensors_torch
+from tiny_models import SIZES, transformers
 
 import fp8moe
 from fp8moe.integrations.checkpoint import (
@@ -16,9 +17,6 @@ from fp8moe.integrations.checkpoint import (
     load_fp8_checkpoint,
     model_from_fp8_checkpoint,
 )
-
-transformers = pytest.importorskip("transformers")
-safetensors_torch = pytest.importorskip("safetensors.torch")
 
 # -------------------------------------------------------------------------------- bad input, export
 
@@ -42,20 +40,16 @@ def _meta() -> Any:
 
 
 def _narrow() -> Any:
-    config = configs()["qwen3_moe"]
-    config.moe_intermediate_size = 96
-    return transformers.AutoModelForCausalLM.from_config(config)
+    return build(moe_intermediate_size=96)
 
 
 def _gelu() -> Any:
-    config = configs()["mixtral"]
-    config.hidden_act = "gelu"
-    return transformers.AutoModelForCausalLM.from_config(config)
+    return build("mixtral", hidden_act="gelu")
 
 
 def _dense() -> Any:
     return transformers.AutoModelForCausalLM.from_config(
-        transformers.Qwen3Config(**SIZES, intermediate_size=128, head_dim=64)
+        transformers.Qwen3Config(**SIZES, num_hidden_layers=2, head_dim=64)
     )
 
 
@@ -162,8 +156,7 @@ def test_another_quantization_and_another_model_are_refused(tmp_path):
 
 def test_meta_tensors_need_a_device_and_a_value(tmp_path):
     export_fp8_checkpoint(build(), tmp_path / "out")
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(configs()["qwen3_moe"])
+    model = _meta()
     with pytest.raises(ValueError, match="device: expected one"):
         load_fp8_checkpoint(model, tmp_path / "out")
     with pytest.raises(ValueError, match=r"inv_freq: is on the meta device and not in a check"):

@@ -30,15 +30,6 @@ QUICK = ["--preset", "cpu", "--steps", "4", "--warmup-steps", "1", "--log-every"
          "--valid-fraction", "0.2"]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    source = Path(torch.__file__).parent / "nn" / "modules"
-    for file in sorted(source.glob("*.py"))[:12]:
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
-
-
 @pytest.fixture
 def arguments(text, tmp_path):
     return [*QUICK, "--data", str(text), "--output", str(tmp_path / "run")]
@@ -239,7 +230,7 @@ def refused(arguments, capsys):
         (["--experts", "bf16", "--export-fp8"], "--export-fp8: expected --experts fp8 or both"),
         (["--model", "no/such/folder"], "--model: cannot load no/such/folder"),
         (["--data", "no/such/text"], "--data: no such file or folder"),
-        (["--seq-len", "100000"], "--data: too little text"),
+        (["--seq-len", "1000000"], "--data: too little text"),
         (["--lora", "--lora-rank", "12"], "--lora: rank: expected a positive multiple of 8"),
     ],
 )
