@@ -86,6 +86,8 @@ def register(config: FP8Config | None = None, *, name: str = "fp8moe") -> str:
     """
     config = FP8Config() if config is None else config
     check_config(config)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name: expected a string, got {name!r}")
     experts, quantized_experts = _interfaces()
     taken = experts._global_mapping.get(name) or quantized_experts._global_mapping.get(name)
     if name == "eager" or (taken is not None and taken.__module__ != __name__):

@@ -232,6 +232,15 @@ def test_files_that_do_not_fit_are_refused_before_anything_is_loaded(tmp_path, c
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_files_that_are_cut_off_are_named(tmp_path, name):
+    save_adapters(with_updates(), tmp_path / "adapter")
+    path = tmp_path / "adapter" / name
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=f"{name}: not a whole (JSON|safetensors) file"):
+        load_adapters(with_updates(), tmp_path / "adapter")
+
+
 def test_models_without_updates_and_folders_without_files(tmp_path):
     model = build()
     fp8moe.freeze_experts(model)
