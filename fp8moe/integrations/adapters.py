@@ -27,7 +27,7 @@ from torch import nn
 from fp8moe.integrations.checkpoint_names import ExpertLayer, checkpoint_experts
 from fp8moe.modules.frozen import FrozenExperts
 from fp8moe.modules.lora import LowRankUpdate
-from fp8moe.quant.checkpoint import staged_directory
+from fp8moe.quant.checkpoint import open_safetensors, read_json, staged_directory
 
 _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
@@ -98,7 +98,9 @@ def save_adapters(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     Raises: FileExistsError for a directory that exists; ValueError for a model without updates or
         with updates of several ranks; ImportError without safetensors.
     """
-    save_file = _safetensors("save_file")
+    _require_safetensors()
+    from safetensors.torch import save_file
+
     layers = _layers(model)
     config = _config(layers)
     tensors = {
@@ -121,24 +123,25 @@ def load_adapters(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         model: with updates of the same rank and alpha.
         directory: holds adapter_model.safetensors and adapter_config.json.
 
-    Raises: FileNotFoundError or ValueError, before any parameter is touched: files missing, another
-        rank or alpha, missing or unknown tensors, other shapes or dtypes, gate and up projections
-        that do not share their A.
+    Raises: FileNotFoundError or ValueError, before any parameter is touched: files missing or cut
+        off, another rank or alpha, missing or unknown tensors, other shapes or dtypes, gate and up
+        projections that do not share their A.
     """
-    load_file = _safetensors("load_file")
+    _require_safetensors()
     folder = Path(directory)
     for name in (_WEIGHTS, _CONFIG):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"directory: expected {name} in {folder}, found none")
     layers = _layers(model)
     expected = _config(layers)
-    given = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    given = read_json(folder / _CONFIG)
     for key in ("peft_type", "r", "lora_alpha", "use_rslora"):
         if given.get(key, False) != expected[key]:
             raise ValueError(
                 f"{_CONFIG}: {key}: expected {expected[key]!r}, got {given.get(key)!r}"
             )
-    tensors = load_file(folder / _WEIGHTS)
+    opened = open_safetensors(folder / _WEIGHTS)
+    tensors = {name: opened.get_tensor(name) for name in opened.keys()}
     parts = {key: part for layer in layers for key, part in _parts(layer)}
     _check(parts, tensors, layers)
     for layer in layers:
@@ -174,9 +177,8 @@ def _check(
                 )
 
 
-def _safetensors(function: str) -> Any:
+def _require_safetensors() -> None:
     try:
-        from safetensors import torch as safetensors_torch
+        import safetensors  # noqa: F401
     except ImportError as error:
         raise ImportError("adapters need safetensors: pip install 'fp8moe[hf]'") from error
-    return getattr(safetensors_torch, function)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from fp8moe.config import FP8Config
+from fp8moe.functional.arguments import FLOATS
 from fp8moe.integrations.checkpoint_names import ExpertLayer, Other, checkpoint_layout
 from fp8moe.modules.freeze import freeze_experts
 from fp8moe.modules.frozen import FrozenExperts
@@ -22,6 +22,7 @@ from fp8moe.quant.checkpoint import (
     CONFIG,
     CheckpointReader,
     check_quantization_config,
+    read_json,
     scale_name,
 )
 
@@ -33,7 +34,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"directory: expected {CONFIG} in {directory}, found none")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     check_quantization_config(config.get("quantization_config"))
     return config
 
@@ -246,12 +247,21 @@ def model_from_fp8_checkpoint(
             parameters, and `model.set_experts_implementation("fp8moe")` trains them in FP8.
         device: of the model.
         dtype: of the parameters.
-        keep_transpose, config: see `fp8moe.FrozenExperts`; for frozen experts.
+        keep_transpose, config: see `fp8moe.FrozenExperts`; for frozen experts only.
 
     Returns: the model, in training mode, without `quantization_config` in its config.
 
-    Raises: ImportError without transformers or accelerate; the errors of `load_fp8_checkpoint`.
+    Raises: ImportError without transformers or accelerate; ValueError for another dtype and for
+        settings of frozen experts without `frozen`; the errors of `load_fp8_checkpoint`.
     """
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
+    if not frozen and (keep_transpose or config is not None):
+        name = "keep_transpose" if keep_transpose else "config"
+        raise ValueError(
+            f"{name}: is for frozen experts, but frozen=False; the experts implementation that is "
+            "set on the model decides how others compute"
+        )
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:

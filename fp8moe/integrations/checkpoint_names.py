@@ -95,11 +95,17 @@ class _Names:
         """The checkpoint's name, and the converter that splits the tensor, if there is one."""
         if not self._known:
             return name, None
-        from transformers.core_model_loading import rename_source_key
-
-        renamed, pattern = rename_source_key(name, self._renamings, self._converters, reverse=True)
-        found = [c for c in self._converters if pattern in c.source_patterns]
-        return renamed, copy.deepcopy(found[0]) if found else None
+        # Step by step, because transformers 5.7 has no function that does this in the order of
+        # saving: one converter at most, which knows the model's names, then all renamings.
+        renamed, converter = name, None
+        for candidate in self._converters:
+            renamed, pattern = candidate.rename_source_key(renamed)
+            if pattern is not None:
+                converter = copy.deepcopy(candidate)
+                break
+        for renaming in self._renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
+        return renamed, converter
 
     def one(self, name: str) -> str:
         """The name of a tensor that is stored as it is."""

@@ -62,7 +62,8 @@ def _refuse_quantized(self: nn.Module, *args: Any, **kwargs: Any) -> torch.Tenso
     raise ValueError(
         f"{type(self).__name__}: the weights of this model are FP8 already (transformers' "
         "fine-grained FP8), which fp8moe's experts implementation does not train; load the "
-        "checkpoint with FineGrainedFP8Config(dequantize=True)"
+        "checkpoint with fp8moe.integrations.checkpoint.model_from_fp8_checkpoint, or with "
+        "FineGrainedFP8Config(dequantize=True) and transformers >= 5.10"
     )
 
 
@@ -85,6 +86,8 @@ def register(config: FP8Config | None = None, *, name: str = "fp8moe") -> str:
     """
     config = FP8Config() if config is None else config
     check_config(config)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name: expected a string, got {name!r}")
     experts, quantized_experts = _interfaces()
     taken = experts._global_mapping.get(name) or quantized_experts._global_mapping.get(name)
     if name == "eager" or (taken is not None and taken.__module__ != __name__):

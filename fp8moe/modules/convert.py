@@ -14,7 +14,7 @@ from fp8moe.functional.arguments import check_config, check_size
 from fp8moe.modules.expert_list import NotConvertible
 from fp8moe.modules.experts import Experts
 from fp8moe.modules.moe_block import ListedMoE, inspect_block
-from fp8moe.modules.stacked import StackedExperts, unsupported
+from fp8moe.modules.stacked import StackedExperts, misfit, unsupported
 
 _FP8 = FP8Config()
 
@@ -99,15 +99,10 @@ def _check_unhooked(module: nn.Module) -> None:
 
 
 def _stacked_step(name: str, experts: Any, config: FP8Config) -> _Step:
-    reason = unsupported(experts)
+    reason = unsupported(experts) or misfit(experts)
     if reason is not None:
         raise NotConvertible(reason)
     e, hidden, intermediate = experts.down_proj.shape
-    if tuple(experts.gate_up_proj.shape) != (e, 2 * intermediate, hidden):
-        raise NotConvertible(
-            f"gate_up_proj is {tuple(experts.gate_up_proj.shape)}; expected "
-            f"{(e, 2 * intermediate, hidden)} for down_proj {tuple(experts.down_proj.shape)}"
-        )
     check_size("hidden size", hidden, config)
     check_size("intermediate size", intermediate, config)
     entry = Replaced(
@@ -140,6 +135,16 @@ def _has_list(module: nn.Module) -> bool:
     return isinstance(experts, nn.ModuleList) and len(experts) > 0
 
 
+def _unknown_step(name: str, module: nn.Module, config: FP8Config) -> _Step:
+    found = ", ".join(n for n, p in module.named_parameters(recurse=False) if p.dim() == 3)
+    raise NotConvertible(f"stacked weights ({found}) are not called gate_up_proj and down_proj")
+
+
+def _is_unknown_stack(module: nn.Module) -> bool:
+    named = "expert" in type(module).__name__.lower()
+    return named and any(p.dim() == 3 for p in module.parameters(recurse=False))
+
+
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[..., _Step]]]:
     inside: set[nn.Module] = set()  # parts of what is a candidate itself
     for name, module in model.named_modules():
@@ -150,6 +155,8 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[...
         elif _has_list(module):
             inside.update(module.modules())
             yield name, module, _listed_step
+        elif _is_unknown_stack(module):
+            yield name, module, _unknown_step
 
 
 def _plan(model: nn.Module, config: FP8Config) -> tuple[list[_Step], list[Left]]:
@@ -189,9 +196,10 @@ def replace_experts(model: nn.Module, *, config: FP8Config = _FP8) -> Replacemen
       new parameters w13 and w2: create the optimizer afterwards. State dicts keep one key per
       expert, so old checkpoints load into the new model and new ones into the old.
 
-    A block is replaced only if its output on 32 random tokens, in evaluation mode, is that of the
-    formula. All checks come before the first change; if stacking then fails, for lack of memory
-    say, the model has its old layers again. Stacking needs the memory of one layer's experts.
+    A block, and a module of the first kind that transformers does not describe, is replaced only
+    if its output on random tokens, in evaluation mode, is that of the formula. All checks come
+    before the first change; if stacking then fails, for lack of memory say, the model has its old
+    layers again. Stacking needs the memory of one layer's experts.
 
     Prints the report.
 

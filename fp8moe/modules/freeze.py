@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from fp8moe.modules.expert_list import ListedExperts
 from fp8moe.modules.experts import Experts
 from fp8moe.modules.frozen import FrozenExperts, check_frozen_sizes
 from fp8moe.modules.lora import LowRankUpdate, check_lora
-from fp8moe.modules.stacked import StackedExperts, unsupported
+from fp8moe.modules.stacked import StackedExperts, misfit, unsupported
 
 
 @dataclass(frozen=True)
@@ -61,18 +60,9 @@ def expert_weight_names(module: Any) -> tuple[str, str] | None:
     reason = None if isinstance(module, StackedExperts) else unsupported(module)
     if reason is not None:
         raise ValueError(f"{kind}: fp8moe does not support {reason}")
-    (e, hidden, inner), got = module.down_proj.shape, tuple(module.gate_up_proj.shape)
-    if got != (e, 2 * inner, hidden):
-        raise ValueError(
-            f"{kind}: expected gate_up_proj (E, 2I, H) = {(e, 2 * inner, hidden)} beside down_proj "
-            f"{(e, hidden, inner)}, got {got}"
-        )
-    arguments = list(inspect.signature(module.forward).parameters)
-    if len(arguments) != 3:
-        raise ValueError(
-            f"{kind}: expected forward(hidden_states, top_k_index, top_k_weights), got "
-            f"forward({', '.join(arguments)})"
-        )
+    reason = misfit(module)
+    if reason is not None:
+        raise ValueError(f"{kind}: {reason}")
     return "gate_up_proj", "down_proj"
 
 

@@ -76,7 +76,7 @@ def check_lora(rank: int, alpha: float, dropout: float, dtype: torch.dtype) -> N
     """Raises: ValueError for settings that LowRankUpdate cannot take."""
     if not isinstance(rank, int) or rank < RANK_UNIT or rank % RANK_UNIT:
         raise ValueError(f"rank: expected a positive multiple of {RANK_UNIT}, got {rank!r}")
-    if not (math.isfinite(alpha) and alpha > 0):
+    if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"alpha: expected a positive number, got {alpha!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected 0 <= dropout < 1, got {dropout!r}")

@@ -8,8 +8,6 @@ on random tokens before anything changes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fp8moe.config import FP8Config
 from fp8moe.modules.expert_list import ListedExperts, ListLayout, NotConvertible, inspect_list
+from fp8moe.modules.probe import distance, evaluating
 
 _GATES = ("gate", "router")
 _TOP_K = ("top_k", "num_experts_per_tok", "topk")
@@ -168,25 +167,6 @@ def _looped(block: Any, x: torch.Tensor, layout: BlockLayout) -> Any:
     return _finish(block, x, y, r, layout)
 
 
-@contextmanager
-def _evaluating(block: nn.Module) -> Iterator[None]:
-    """eval() inside, every module's own mode again outside."""
-    modes = {module: module.training for module in block.modules()}
-    block.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """|a - b| / |b|"""
-    b = b.float()
-    return float((a.float().reshape(b.shape) - b).norm() / b.norm().clamp_min(1e-30))
-
-
 def _first(block: nn.Module, names: tuple[str, ...]) -> str | None:
     return next((name for name in names if getattr(block, name, None) is not None), None)
 
@@ -255,7 +235,7 @@ def inspect_block(block: Any, config: FP8Config) -> BlockLayout:
     # Without the attribute either is possible; with it, only what it says.
     renormalize = [layout.renormalize] if hasattr(block, "norm_topk_prob") else [True, False]
     distances = dict.fromkeys(renormalize, 0.0)
-    with _evaluating(block):
+    with evaluating(block):
         # Small tokens have even scores, whose top-k sum is far from 1.
         for probe in (0.1 * x, x):
             expected = _outputs(block, probe)
@@ -263,7 +243,7 @@ def inspect_block(block: Any, config: FP8Config) -> BlockLayout:
             for norm in renormalize:
                 ours = _looped(block, probe, dataclasses.replace(layout, renormalize=norm))
                 pairs = zip(ours if len(expected) == 2 else (ours,), expected, strict=True)
-                distances[norm] = max(distances[norm], *(_distance(a, b) for a, b in pairs))
+                distances[norm] = max(distances[norm], *(distance(a, b) for a, b in pairs))
     best = min(renormalize, key=lambda norm: distances[norm])
     # Sums of a few experts' outputs in another order; another routing is off by far more.
     bound = max(1e-5, 4 * torch.finfo(like.dtype).eps)

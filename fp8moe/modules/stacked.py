@@ -7,6 +7,7 @@ variants by attributes (`has_gate`, `has_bias`, `is_transposed`, `is_concatenate
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import nn
 from fp8moe.config import FP8Config
 from fp8moe.functional import swiglu_experts
 from fp8moe.functional.arguments import FLOATS, check_config
+from fp8moe.modules.probe import distance, evaluating
+
+_PROBE_TOKENS = 8
 
 
 def is_silu(activation: Any) -> bool:
@@ -61,6 +65,58 @@ def unsupported(experts: nn.Module) -> str | None:
             return f"{name}: {_name(weight)}; expected a 3-dimensional tensor"
         if weight.dtype not in FLOATS:
             return f"{name} in {weight.dtype}; expected bfloat16, float16 or float32"
+    return None
+
+
+def misfit(experts: Any) -> str | None:
+    """Why a module that `unsupported` lets pass is not silu(gate) * up after all; None if it is.
+
+    Looks at shapes and the arguments of forward. Classes of transformers describe the rest by
+    attributes; another module, unless on the meta device or sharded, is run on random tokens and
+    compared with the formula.
+    """
+    w13, w2 = experts.gate_up_proj, experts.down_proj
+    (e, hidden, inner), got = w2.shape, tuple(w13.shape)
+    if got != (e, 2 * inner, hidden):
+        return (
+            f"gate_up_proj is {got}; expected (E, 2I, H) = {(e, 2 * inner, hidden)} beside "
+            f"down_proj {(e, hidden, inner)}"
+        )
+    arguments = list(inspect.signature(experts.forward).parameters)
+    if len(arguments) != 3:
+        return (
+            "expected forward(hidden_states, top_k_index, top_k_weights), got "
+            f"forward({', '.join(arguments)})"
+        )
+    described = isinstance(experts, StackedExperts) or hasattr(experts, "is_concatenated")
+    runs = not w13.is_meta and not hasattr(w13, "full_tensor")
+    return None if described or not runs else _probe(experts)
+
+
+def _probe(experts: Any) -> str | None:
+    w13, w2 = experts.gate_up_proj, experts.down_proj
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.arange(2 * _PROBE_TOKENS).view(_PROBE_TOKENS, 2) % w2.shape[0]
+    weights = torch.rand(ids.shape, generator=generator).to(w2.device, w2.dtype)
+    tokens = torch.randn(_PROBE_TOKENS, w2.shape[1], generator=generator)
+    ids = ids.to(w2.device)
+    with evaluating(experts):
+        for size in (1.0, 50.0):  # clamps show with large inputs only
+            x = (size * tokens).to(w2.device, w2.dtype)
+            expected = torch.zeros_like(x)
+            for t in range(_PROBE_TOKENS):
+                for k in range(2):
+                    gate, up = F.linear(x[t], w13[ids[t, k]]).chunk(2)
+                    expected[t] += weights[t, k] * F.linear(F.silu(gate) * up, w2[ids[t, k]])
+            try:
+                off = distance(experts(x, ids, weights), expected)
+            except Exception as error:  # whatever a foreign forward may raise
+                return f"forward(hidden_states, top_k_index, top_k_weights) raises {error!r}"
+            if not off < 0.1:  # experts that run in FP8 themselves are 0.05 off
+                return (
+                    "computes something else than silu(gate) * up with gate rows, then up rows: "
+                    f"{off:.1%} off on random tokens of size {size:g}"
+                )
     return None
 
 

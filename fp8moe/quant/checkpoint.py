@@ -92,12 +92,22 @@ def quantization_config(not_converted: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def check_quantization_config(config: Mapping[str, Any] | None) -> None:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises: ValueError, naming the file, if it holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a whole JSON file ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def check_quantization_config(config: Any) -> None:
     """Raises: ValueError unless this `quantization_config` describes the format above."""
-    if config is None:
-        raise ValueError(
-            "quantization_config: expected quant_method 'fp8', got a checkpoint without one"
-        )
+    if not isinstance(config, Mapping):
+        found = "a checkpoint without one" if config is None else repr(config)
+        raise ValueError(f"quantization_config: expected quant_method 'fp8', got {found}")
     expected = {
         "quant_method": "fp8",
         "fmt": "e4m3",
@@ -106,7 +116,7 @@ def check_quantization_config(config: Mapping[str, Any] | None) -> None:
     }
     given = {"fmt": "e4m3", "activation_scheme": "dynamic", **config}
     for key, value in expected.items():
-        got = given.get(key)
+        got: Any = given.get(key)
         got = list(got) if isinstance(got, tuple) else got
         if got != value:
             raise ValueError(f"quantization_config.{key}: expected {value!r}, got {got!r}")
@@ -156,12 +166,15 @@ class CheckpointWriter:
         directory: an existing folder.
         max_shard_bytes: of the tensors in one file. A larger tensor gets a file of its own.
 
-    Raises: ValueError if max_shard_bytes is not positive; ImportError without safetensors.
+    Raises: ValueError if max_shard_bytes is not a positive integer; ImportError without
+        safetensors.
     """
 
     def __init__(self, directory: Path, max_shard_bytes: int) -> None:
-        if max_shard_bytes < 1:
-            raise ValueError(f"max_shard_bytes: expected at least 1, got {max_shard_bytes}")
+        if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+            raise ValueError(
+                f"max_shard_bytes: expected a positive integer, got {max_shard_bytes!r}"
+            )
         _safetensors()
         self._directory, self._limit = directory, max_shard_bytes
         self._pending: dict[str, torch.Tensor] = {}
@@ -220,6 +233,16 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
 
 
+def open_safetensors(path: Path) -> Any:
+    """The file, its tensors unread. Raises: ValueError, naming it, if it is cut off or another."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+
+
 class CheckpointReader:
     """The tensors of a checkpoint folder: all headers at once, each tensor when it is asked for.
 
@@ -258,19 +281,16 @@ class CheckpointReader:
             raise FileNotFoundError(
                 f"directory: expected {_SINGLE} or {INDEX} in {self._directory}, found neither"
             )
-        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: expected a weight_map of tensors to files, got none")
+        return weight_map
 
     def _read_headers(self, file: str) -> None:
-        from safetensors import SafetensorError, safe_open
-
         path = self._directory / file
         if not path.is_file():
             raise FileNotFoundError(f"{INDEX}: expected {file} in {self._directory}, found none")
-        try:
-            opened = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
-        self._files[file] = opened
+        self._files[file] = opened = open_safetensors(path)
         for name in opened.keys():
             part = opened.get_slice(name)
             self.entries[name] = Entry(file, part.get_dtype(), tuple(part.get_shape()))
@@ -332,7 +352,9 @@ __all__ = [
     "CheckpointWriter",
     "Entry",
     "check_quantization_config",
+    "open_safetensors",
     "quantization_config",
+    "read_json",
     "scale_name",
     "stable_per_block",
     "staged_directory",

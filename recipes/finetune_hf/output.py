@@ -28,11 +28,16 @@ def check_free(path: Path, overwrite: bool) -> None:
 def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends without an error.
 
-    Raises: UserError as `check_free`, before and after the block.
+    Raises: UserError as `check_free`, before and after the block, and for a place that cannot be
+        written to.
     """
     check_free(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise UserError(f"--output: cannot write to {path.parent}: {error.strerror}") from error
+    with folder as temporary:
         made = Path(temporary) / "new"
         made.mkdir()
         yield made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ class Settings:
             )
         if not 0 < self.valid_fraction <= 0.5:
             raise UserError(f"--valid-fraction: expected 0 to 0.5, got {self.valid_fraction}")
+        if self.lora and self.lora_rank % 8:
+            raise UserError(f"--lora-rank: expected a multiple of 8, got {self.lora_rank}")
         if self.lora and self.experts != "fp8":
             raise UserError(
                 f"--experts {self.experts}: with --lora the experts are frozen in FP8; add --full"
@@ -152,5 +155,8 @@ def choose(preset: str | None, overrides: dict[str, Any]) -> Settings:
     if asked.model is not None:
         values |= _MODEL | (_MODEL_LORA if asked.lora else {})
     settings = Settings(**(values | overrides))
+    if "warmup_steps" not in overrides:  # a short run that was asked for warms up shorter
+        warmup_steps = min(settings.warmup_steps, max(settings.steps - 1, 0))
+        settings = dataclasses.replace(settings, warmup_steps=warmup_steps)
     settings.check()
     return settings

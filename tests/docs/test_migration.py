@@ -27,13 +27,24 @@ def blocks():
 
 
 def run(section, **names):
-    """Runs the introduction's code and a section's, and returns all names."""
-    scope = {"T": T, "K": K, "E": E, "H": H, "I": I, **names}
+    """Runs the introduction's code and then a section's, on these names, and returns all names."""
+    scope = {}
     sections = blocks()
     for title, code in sections:
-        if title == sections[0][0] or title.startswith(section):
-            exec(compile(code, str(DOCUMENT), "exec"), scope)  # noqa: S102
+        if title != sections[0][0] and not title.startswith(section):
+            continue
+        if title != sections[0][0]:
+            scope |= names
+        exec(compile(code, str(DOCUMENT), "exec"), scope)  # noqa: S102
+    assert [scope[n] for n in ("K", "E", "H", "I")] == [K, E, H, I]
     return scope
+
+
+def test_the_page_runs_from_top_to_bottom():
+    scope = {}
+    for _, code in blocks():
+        exec(compile(code, str(DOCUMENT), "exec"), scope)  # noqa: S102
+    assert scope["y"].isfinite().all()
 
 
 def normal(*shape):

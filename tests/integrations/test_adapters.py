@@ -8,8 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import checkpoint_models
 import pytest
 import torch
+from checkpoint_models import VOCAB, safetensors_torch
+from tiny_models import E, transformers
 from torch import nn
 
 import fp8moe
@@ -17,38 +20,11 @@ from fp8moe import testing
 from fp8moe.integrations.adapters import load_adapters, save_adapters
 from fp8moe.integrations.checkpoint import export_fp8_checkpoint, model_from_fp8_checkpoint
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-safetensors_torch = pytest.importorskip("safetensors.torch")
 
-VOCAB = 64
-
-
-def build(dtype: torch.dtype = torch.bfloat16, kind: str = "qwen3_moe") -> Any:
+def build(kind: str = "qwen3_moe", **changes: Any) -> Any:
+    """The same weights in every call."""
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    if kind == "mixtral":
-        config = transformers.MixtralConfig(**sizes, intermediate_size=128, num_local_experts=4)
-    else:
-        config = transformers.Qwen3MoeConfig(
-            **sizes,
-            intermediate_size=256,
-            moe_intermediate_size=128,
-            head_dim=64,
-            num_experts=4,
-            num_experts_per_tok=2,
-        )
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return checkpoint_models.build(kind, **changes)
 
 
 def tokens() -> torch.Tensor:
@@ -61,7 +37,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def with_updates(seed: int = 3, kind: str = "qwen3_moe", **options: Any) -> Any:
-    model = build(kind=kind)
+    model = build(kind)
     fp8moe.freeze_experts(model, **{"lora_rank": 8, **options})
     g = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -112,7 +88,7 @@ def test_trainer_with_peft_on_attention(tmp_path):
     """PEFT first, which freezes all but its own; then the experts, whose updates train."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(
-        build(torch.float32),
+        build(dtype=torch.float32),
         peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
     )
     fp8moe.freeze_experts(model, lora_rank=8)
@@ -179,7 +155,7 @@ def test_only_updates_are_in_the_file(tmp_path):
     model = with_updates()
     save_adapters(model, tmp_path / "adapter")
     stored = safetensors_torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert len(stored) == 2 * 4 * 3 * 2  # layers, experts, projections, A and B
+    assert len(stored) == 2 * E * 3 * 2  # layers, experts, projections, A and B
     key = "base_model.model.model.layers.1.mlp.experts.2.up_proj.lora_B.weight"
     update = model.model.layers[1].mlp.experts.w13_lora
     assert torch.equal(stored[key], update.lora_B[2, 128:])
@@ -254,6 +230,15 @@ def test_files_that_do_not_fit_are_refused_before_anything_is_loaded(tmp_path, c
     with pytest.raises(ValueError, match=message):
         load_adapters(model, folder)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_files_that_are_cut_off_are_named(tmp_path, name):
+    save_adapters(with_updates(), tmp_path / "adapter")
+    path = tmp_path / "adapter" / name
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=f"{name}: not a whole (JSON|safetensors) file"):
+        load_adapters(with_updates(), tmp_path / "adapter")
 
 
 def test_models_without_updates_and_folders_without_files(tmp_path):

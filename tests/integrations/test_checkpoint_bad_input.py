@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_models import SIZES, build, configs, files
+from checkpoint_models import build, files, safetensors_torch
+from tiny_models import SIZES, transformers
 
 import fp8moe
 from fp8moe.integrations.checkpoint import (
@@ -16,9 +17,6 @@ from fp8moe.integrations.checkpoint import (
     load_fp8_checkpoint,
     model_from_fp8_checkpoint,
 )
-
-transformers = pytest.importorskip("transformers")
-safetensors_torch = pytest.importorskip("safetensors.torch")
 
 # -------------------------------------------------------------------------------- bad input, export
 
@@ -42,20 +40,16 @@ def _meta() -> Any:
 
 
 def _narrow() -> Any:
-    config = configs()["qwen3_moe"]
-    config.moe_intermediate_size = 96
-    return transformers.AutoModelForCausalLM.from_config(config)
+    return build(moe_intermediate_size=96)
 
 
 def _gelu() -> Any:
-    config = configs()["mixtral"]
-    config.hidden_act = "gelu"
-    return transformers.AutoModelForCausalLM.from_config(config)
+    return build("mixtral", hidden_act="gelu")
 
 
 def _dense() -> Any:
     return transformers.AutoModelForCausalLM.from_config(
-        transformers.Qwen3Config(**SIZES, intermediate_size=128, head_dim=64)
+        transformers.Qwen3Config(**SIZES, num_hidden_layers=2, head_dim=64)
     )
 
 
@@ -73,6 +67,30 @@ def _dense() -> Any:
 def test_models_that_cannot_be_exported(tmp_path, make, message):
     with pytest.raises(ValueError, match=message):
         export_fp8_checkpoint(make(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
+    """The disk is full at the second file."""
+    written = []
+    save_file = safetensors_torch.save_file
+
+    def full(tensors, path, **options):
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        save_file(tensors, path, **options)
+
+    monkeypatch.setattr(safetensors_torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_fp8_checkpoint(build(), tmp_path / "out", max_shard_bytes=200_000)
+    assert written and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("limit", [0, "5GB", 1e9])
+def test_a_wrong_file_size_is_refused(tmp_path, limit):
+    with pytest.raises(ValueError, match="max_shard_bytes: expected a positive integer, got"):
+        export_fp8_checkpoint(build(), tmp_path / "out", max_shard_bytes=limit)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -146,6 +164,10 @@ def test_another_quantization_and_another_model_are_refused(tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"weight_block_size: expected \[128, 128\]"):
         model_from_fp8_checkpoint(tmp_path / "out")
+    config["quantization_config"] = ["fp8"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"quantization_config: .* got \['fp8'\]"):
+        load_fp8_checkpoint(build(), tmp_path / "out")
     del config["quantization_config"]
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="got a checkpoint without one"):
@@ -160,10 +182,45 @@ def test_another_quantization_and_another_model_are_refused(tmp_path):
         load_fp8_checkpoint(build("mixtral"), tmp_path / "other")
 
 
+@pytest.mark.parametrize("cut", ["config.json", "index", "shard", "empty shard"])
+def test_files_that_are_cut_off_are_named(tmp_path, cut):
+    folder = tmp_path / "out"
+    export_fp8_checkpoint(build(), folder, max_shard_bytes=200_000)
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    path = {"config.json": folder / cut, "index": folder / "model.safetensors.index.json"}
+    path = path.get(cut, shard)
+    content = path.read_bytes()
+    path.write_bytes(b"" if cut == "empty shard" else content[:-10])
+    with pytest.raises(ValueError, match=rf"{path.name}: not a whole (JSON|safetensors) file"):
+        load_fp8_checkpoint(build(), folder)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": ["a"]}', "[]"])
+def test_an_index_that_says_nothing_is_refused(tmp_path, content):
+    folder = tmp_path / "out"
+    export_fp8_checkpoint(build(), folder, max_shard_bytes=200_000)
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"index\.json: expected a (weight_map|JSON object)"):
+        load_fp8_checkpoint(build(), folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": torch.float8_e4m3fn}, "dtype: expected one of torch.bfloat16"),
+        ({"dtype": torch.int32}, "dtype: expected one of torch.bfloat16"),
+        ({"keep_transpose": True}, "keep_transpose: is for frozen experts, but frozen=False"),
+        ({"config": fp8moe.FP8Config()}, "config: is for frozen experts, but frozen=False"),
+    ],
+)
+def test_settings_of_an_import_that_cannot_be(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model_from_fp8_checkpoint(tmp_path / "not read", **arguments)
+
+
 def test_meta_tensors_need_a_device_and_a_value(tmp_path):
     export_fp8_checkpoint(build(), tmp_path / "out")
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(configs()["qwen3_moe"])
+    model = _meta()
     with pytest.raises(ValueError, match="device: expected one"):
         load_fp8_checkpoint(model, tmp_path / "out")
     with pytest.raises(ValueError, match=r"inv_freq: is on the meta device and not in a check"):

@@ -234,6 +234,12 @@ def test_names_of_transformers_are_not_overwritten(name):
         huggingface.register(name=name)
 
 
+@pytest.mark.parametrize("name", ["", 3, None])
+def test_a_wrong_name_is_refused(name):
+    with pytest.raises(ValueError, match=f"name: expected a string, got {name!r}"):
+        huggingface.register(name=name)
+
+
 def test_a_wrong_config_is_refused():
     with pytest.raises(ValueError, match="config: expected an FP8Config, got 'bf16'"):
         huggingface.register("bf16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -236,6 +237,10 @@ def test_replace_experts_leaves_what_it_cannot_do():
 @pytest.mark.slow
 def test_expert_parallelism_of_transformers(tmp_path):
     """Each of two processes holds half of the experts and drops the other half's slots."""
+    from transformers.distributed import DistributedConfig
+
+    if "tp_size" not in inspect.signature(DistributedConfig).parameters:
+        pytest.skip("this transformers shards experts in another way than as DTensors")
     build().save_pretrained(tmp_path / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     ids = tokens()

@@ -31,9 +31,9 @@ CONFIGS = {
     ),
     "olmoe": lambda **kw: transformers.OlmoeConfig(**kw, num_experts=E),
     "deepseek_v3": lambda **kw: transformers.DeepseekV3Config(
-        **kw, n_routed_experts=E, moe_intermediate_size=I, n_group=4, topk_group=2,
-        first_k_dense_replace=0, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16,
-        qk_nope_head_dim=16, v_head_dim=32,
+        **{"first_k_dense_replace": 0, **kw}, n_routed_experts=E, moe_intermediate_size=I,
+        n_group=4, topk_group=2, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16,
+        qk_nope_head_dim=32, v_head_dim=32,
     ),
 }  # fmt: skip
 
@@ -42,9 +42,9 @@ def config(kind="qwen3_moe", layers=1, **changes):
     return CONFIGS[kind](**{**SIZES, "num_hidden_layers": layers, **changes})
 
 
-def build(kind="qwen3_moe", layers=1, implementation="fp8moe", **changes):
+def build(kind="qwen3_moe", layers=1, implementation="fp8moe", dtype=None, **changes):
     return transformers.AutoModelForCausalLM.from_config(
-        config(kind, layers, **changes), experts_implementation=implementation
+        config(kind, layers, **changes), experts_implementation=implementation, dtype=dtype
     )
 
 

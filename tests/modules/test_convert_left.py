@@ -184,8 +184,53 @@ class Stacked(nn.Module):
         self.down_proj = nn.Parameter(torch.randn(E, H, I) * 0.05)
         self.act_fn = activation or nn.SiLU()
 
+    def halves(self, h):
+        return h.chunk(2, dim=-1)
+
     def forward(self, x, ids, weights):
-        raise AssertionError("replaced in these tests")
+        y = torch.zeros_like(x)
+        for e in range(E):
+            gate, up = self.halves(F.linear(x, self.gate_up_proj[e]))
+            weight = (weights * (ids == e)).sum(-1, keepdim=True)
+            y = y + weight * F.linear(self.act_fn(gate) * up, self.down_proj[e])
+        return y
+
+
+class Interleaved(Stacked):
+    def halves(self, h):
+        return h[..., 0::2], h[..., 1::2]
+
+
+class UpFirst(Stacked):
+    def halves(self, h):
+        return h.chunk(2, dim=-1)[::-1]
+
+
+class ClampedStack(Stacked):
+    def halves(self, h):
+        return h.clamp(-7, 7).chunk(2, dim=-1)
+
+
+class Routes(Stacked):
+    """Called with hidden states alone."""
+
+    def forward(self, x):
+        return x
+
+
+class Fails(Stacked):
+    def forward(self, x, ids, weights):
+        raise RuntimeError("not like this")
+
+
+class OtherNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(E, I, H))
+
+
+class ParallelExperts(OtherNames):
+    pass
 
 
 def test_stacked_experts_keep_their_parameters():
@@ -232,3 +277,31 @@ def test_variants_of_stacked_experts_are_left(change, message):
     report = fp8moe.replace_experts(model)
     assert not report.replaced and model[0] is experts
     assert re.search(message, report.left[0].reason), report.left[0].reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Interleaved, "computes something else .* gate rows, then up rows"),
+        (UpFirst, "computes something else"),
+        (ClampedStack, "computes something else .* tokens of size 50"),
+        (Routes, r"expected forward\(hidden_states, .*, got forward\(x\)"),
+        (Fails, r"forward\(.*\) raises RuntimeError.'not like this'"),
+    ],
+)
+def test_code_that_computes_something_else_is_left_and_not_frozen(kind, message):
+    model = nn.Sequential(kind())
+    experts = model[0]
+    report = fp8moe.replace_experts(model)
+    assert not report.replaced and model[0] is experts and experts.training
+    assert re.match(message, report.left[0].reason), report.left[0].reason
+    with pytest.raises(ValueError, match=f"0: {kind.__name__}: {message}"):
+        fp8moe.freeze_experts(model)
+    assert model[0] is experts
+
+
+def test_stacks_under_other_names_are_reported():
+    model = nn.Sequential(ParallelExperts(), OtherNames(), nn.Conv1d(H, H, 3))
+    (left,) = fp8moe.replace_experts(model).left
+    expected = "stacked weights (weight) are not called gate_up_proj and down_proj"
+    assert (left.name, left.reason) == ("0", expected)

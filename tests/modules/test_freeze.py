@@ -152,7 +152,7 @@ class Sorted(Stacked):
 @pytest.mark.parametrize(
     ("layers", "options", "message"),
     [
-        ((Transposed,), {}, r"layers\.1: Transposed: expected gate_up_proj .*got \(4, 256, 512\)"),
+        ((Transposed,), {}, r"layers\.1: Transposed: gate_up_proj is \(4, 256, 512\); expected"),
         ((Sorted,), {}, r"layers\.1: Sorted: .* got forward\(rows, group_ends\)"),
         ((Gelu,), {}, r"layers\.1: Gelu: fp8moe does not support activation GELU"),
         ((lambda: Stacked(H, 80),), {}, r"layers\.1: intermediate_size: .* got 80"),

@@ -130,6 +130,7 @@ def test_a_merge_that_forgets_the_scaling_is_noticed(monkeypatch):
         ({"rank": 12}, "rank: expected a positive multiple of 8, got 12"),
         ({"rank": 0}, "rank: expected"),
         ({"alpha": 0.0}, "alpha: expected a positive number, got 0.0"),
+        ({"alpha": "16"}, "alpha: expected a positive number, got '16'"),
         ({"dropout": 1.0}, "dropout: expected"),
         ({"dtype": torch.float16}, "dtype: expected"),
     ],

@@ -149,7 +149,7 @@ def test_a_name_is_written_once(tmp_path):
     writer.add("a", torch.zeros(1))
     with pytest.raises(ValueError, match="a: written twice"):
         writer.add("a", torch.zeros(1))
-    with pytest.raises(ValueError, match="max_shard_bytes: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_shard_bytes: expected a positive integer, got 0"):
         CheckpointWriter(tmp_path, 0)
 
 

@@ -89,15 +89,6 @@ def test_the_readme_shows_what_its_smallest_run_prints(tmp_path: Path) -> None:
     assert len(experts) == 4
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    source = Path(torch.__file__).parent / "nn" / "modules"
-    for file in sorted(source.glob("*.py"))[:20]:
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
-
-
 def metrics(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [

@@ -30,15 +30,6 @@ QUICK = ["--preset", "cpu", "--steps", "4", "--warmup-steps", "1", "--log-every"
          "--valid-fraction", "0.2"]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    source = Path(torch.__file__).parent / "nn" / "modules"
-    for file in sorted(source.glob("*.py"))[:12]:
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
-
-
 @pytest.fixture
 def arguments(text, tmp_path):
     return [*QUICK, "--data", str(text), "--output", str(tmp_path / "run")]
@@ -239,14 +230,27 @@ def refused(arguments, capsys):
         (["--experts", "bf16", "--export-fp8"], "--export-fp8: expected --experts fp8 or both"),
         (["--model", "no/such/folder"], "--model: cannot load no/such/folder"),
         (["--data", "no/such/text"], "--data: no such file or folder"),
-        (["--seq-len", "100000"], "--data: too little text"),
-        (["--lora", "--lora-rank", "12"], "--lora: rank: expected a positive multiple of 8"),
+        (["--seq-len", "1000000"], "--data: too little text"),
+        (["--lora", "--lora-rank", "12"], "--lora-rank: expected a multiple of 8, got 12"),
     ],
 )
 def test_impossible_requests_write_nothing(arguments, tmp_path, capsys, more, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert re.search(message, refused([*arguments, *more], capsys))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_to(arguments, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    message = refused([*arguments, "--output", str(tmp_path / "file" / "run")], capsys)
+    assert f"--output: cannot write to {tmp_path / 'file'}" in message
+
+
+def test_short_runs_warm_up_shorter_unless_told_otherwise():
+    assert choose("cpu", {}).warmup_steps == 5
+    assert choose("cpu", {"steps": 3}).warmup_steps == 2
+    with pytest.raises(UserError, match="--warmup-steps: expected 0 to 2"):
+        choose("cpu", {"steps": 3, "warmup_steps": 3})
 
 
 def test_experts_that_fp8moe_does_not_support(arguments, tmp_path, capsys):

@@ -32,16 +32,6 @@ TINY = {
 FINISHED = "step_0000040"
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few files of code, small enough to load at once."""
-    folder = tmp_path_factory.mktemp("text")
-    source = Path(torch.__file__).parent / "nn" / "modules"
-    for file in sorted(source.glob("*.py"))[:20]:
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
-
-
 def _arguments(text: Path, runs: Path, name: str, /, *more: str, **changes: object) -> list[str]:
     words = ["--runs-dir", str(runs), "--name", name, "--data", str(text), "--preset", "cpu"]
     for key, value in {**TINY, **changes}.items():
