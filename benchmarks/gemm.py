@@ -8,8 +8,9 @@
 Each shape is checked against an FP32 product of the dequantized operands before it is timed. Peers:
 ``torch._scaled_mm`` tensorwise (dense), ``torch._scaled_grouped_mm`` rowwise (m_grouped), torch's
 BF16 ``_grouped_mm`` (wgrad). ``ratio`` is peer time / our time: above 1 we are faster. ``us`` is
-kernel time after a flush of L2; ``host us`` what a launch costs the host, descriptors included. The family
-``unaligned`` has the groups of ``m_grouped`` with every inner end moved off the multiples of 128.
+kernel time after a flush of L2; ``host us`` what a launch costs the host, descriptors included. The
+family ``unaligned`` has the groups of ``m_grouped`` with every inner end moved off the multiples of
+128.
 """
 
 from __future__ import annotations
