@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from dispatch_ranks import E, H, I, K, Ranks, any_rank, check
-
 from torch.utils.checkpoint import checkpoint
 
 from fp8moe import FP8Config, swiglu_experts, testing

@@ -92,6 +92,7 @@ def start_ranks(size: int, folder: Path, device: str) -> None:
     """Import what the checks need once, then fork the ranks; importing touches no GPU."""
     import dispatch_layer_checks  # noqa: F401  (they enter themselves into CHECKS)
     import dispatch_model_checks  # noqa: F401
+    import torch._dynamo  # noqa: F401  (an optimizer's first step would import it in every rank)
 
     context = multiprocessing.get_context("fork")
     arguments = [(rank, size, folder, device) for rank in range(size)]
