@@ -6,8 +6,8 @@ weight), and is used again only while all of these are what they were when it wa
     w._version      every in-place update through autograd's view of w raises it (optimizers,
                     copy_ under no_grad, load_state_dict),
     w.data_ptr()    `w.data = other` and resized storage change it,
-    optimizer steps for a weight that requires grad: any torch.optim step anywhere makes it stale, which
-                    covers optimizers that write through flat buffers or re-gather shards.
+    optimizer steps for a weight that requires grad: any torch.optim step anywhere makes it stale,
+                    which covers optimizers that write through flat buffers or re-gather shards.
 
 What none of them shows is a write through another tensor that shares w's memory, `w.data.copy_(v)`
 for one, outside of an optimizer step: call `clear_weight_cache()` after it.
