@@ -191,6 +191,13 @@ def test_weight_cache_belongs_to_the_sharded_parameter(group):
         assert not torch.equal(new, old), change.__name__
 
 
+def test_using_weights_without_gradients_leaves_no_mark_on_them(group):
+    experts = Experts(E, H, I, ep_group=group)
+    with torch.no_grad():
+        experts(*inputs())
+    assert not hasattr(experts.w13._local_tensor, "part_of")
+
+
 def test_main_grad_of_a_sharded_parameter(group):
     experts = Experts(E, H, I, ep_group=group)
     torch.manual_seed(0)
