@@ -28,6 +28,7 @@ NVLink multicast is left off (NCCL_NVLS_ENABLE=0).
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import time
@@ -109,6 +110,7 @@ class Clock:
         return dict(zip(functions, slowest.tolist(), strict=True))
 
 
+@functools.cache
 def groups_of(ep: int) -> dist.ProcessGroup:
     """This rank's group of `ep` neighbours; every rank makes all of them."""
     mine = None

@@ -15,6 +15,7 @@ reads them, which is the only host synchronisation. The way back and the whole b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -61,7 +62,9 @@ class Pending:
 class Returned:
     """A message on its way back, and how its owner reads it."""
 
-    def __init__(self, pending: Pending, index: Tensor, read: Any) -> None:
+    def __init__(
+        self, pending: Pending, index: Tensor, read: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
         self._pending, self._index, self._read = pending, index, read
 
     def wait(self) -> Tensor:

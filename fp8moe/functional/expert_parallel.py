@@ -62,8 +62,12 @@ class Dispatched:
 
     def wait(self) -> tuple[Any, Tensor]:
         """The received tokens, FP8Tensor or BF16, and their weights (R, K) float32."""
-        data, side = self._message
-        del self._message
+        if self._message is None:
+            raise RuntimeError(
+                "dispatched: expected tokens on their way, got some that were used before; every "
+                "forward, a recomputed one too, needs a dispatch of its own"
+            )
+        (data, side), self._message = self._message, None
         topk = self.topk
         if self.fused:
             x, side = FP8Message(data, side).wait()
@@ -206,7 +210,8 @@ def dispatch(
         sent = FP8Tensor(*cast_per_token(x.detach(), config.pow2_scales))
     else:
         sent = x.detach().bfloat16()
-    exchange = Exchange.plan(topk_ids, num_experts, group, combine, H=x.shape[1], FP8=int(fused))
+    alike = {"H": x.shape[1], "FP8": int(fused), "pow2_scales": int(config.pow2_scales)}
+    exchange = Exchange.plan(topk_ids, num_experts, group, combine, **alike)
     return Dispatched(sent, topk_ids, topk_weights, exchange, config)
 
 
@@ -229,7 +234,8 @@ def expert_parallel_swiglu(
 
     Returns: (T, H), the dtype of x or, under autocast, autocast's.
 
-    Raises: ValueError naming the argument, what was expected and what came.
+    Raises: ValueError naming the argument, what was expected and what came; RuntimeError for
+        tokens that were used before.
     """
     config, exchange = dispatched.config, dispatched.exchange
     if tuple(x.shape) != dispatched.shape:

@@ -20,6 +20,8 @@ def local_weight(w: torch.Tensor) -> torch.Tensor:
     if to_local is None:
         return w
     local = to_local()
+    if not torch.is_grad_enabled():  # torch 2.11 then returns what the DTensor holds, not a view
+        local = local.detach()
     local.part_of = w
     return local
 

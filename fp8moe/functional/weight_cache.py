@@ -6,8 +6,8 @@ weight), and is used again only while all of these are what they were when it wa
     w._version      every in-place update through autograd's view of w raises it (optimizers,
                     copy_ under no_grad, load_state_dict),
     w.data_ptr()    `w.data = other` and resized storage change it,
-    optimizer steps for a w that requires grad: any torch.optim step anywhere makes it stale, which
-                    covers optimizers that write through flat buffers or re-gather shards.
+    optimizer steps for a weight that requires grad: any torch.optim step anywhere makes it stale,
+                    which covers optimizers that write through flat buffers or re-gather shards.
 
 What none of them shows is a write through another tensor that shares w's memory, `w.data.copy_(v)`
 for one, outside of an optimizer step: call `clear_weight_cache()` after it.
@@ -78,8 +78,9 @@ def _forget(key: int) -> Any:
 
 
 def _state(w: torch.Tensor) -> tuple[int, int, int, int]:
-    # A frozen weight outlives optimizer steps: it is cast once in a fine-tuning run.
-    steps = _optimizer_steps if w.requires_grad else -1
+    # A frozen weight outlives optimizer steps: it is cast once in a fine-tuning run. The parameter
+    # tells, because under no_grad a local part of it never requires grad.
+    steps = _optimizer_steps if whole(w).requires_grad else -1
     return whole(w)._version, w._version, w.data_ptr(), steps
 
 

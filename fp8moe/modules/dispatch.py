@@ -156,10 +156,11 @@ def mesh_of(ep_group: dist.ProcessGroup | DeviceMesh, device_type: str) -> Devic
     """The one-dimensional DeviceMesh of `ep_group`.
 
     Args:
-        device_type: of the weights that it shards: "cpu", "cuda" or "meta".
+        device_type: of the weights that it shards: "cpu", "cuda" or "meta", which becomes the
+            group's.
 
     Raises: ValueError naming ep_group: not a group, not initialised, without this rank, a mesh with
-        more dimensions, or one whose backend cannot reach the weights.
+        more dimensions, or one that cannot reach the weights.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
@@ -173,6 +174,8 @@ def mesh_of(ep_group: dist.ProcessGroup | DeviceMesh, device_type: str) -> Devic
                 f"ep_group: expected a mesh of one dimension, got {ep_group.ndim}: "
                 f"{ep_group}; take one of its dimensions by name, mesh['ep']"
             )
+        if device_type not in ("meta", ep_group.device_type):  # DTensor would move them
+            raise ValueError(f"ep_group: expected a mesh of {device_type} devices, got {ep_group}")
         if ep_group.get_coordinate() is None:
             raise ValueError(f"ep_group: expected a mesh with this rank in it, got {ep_group}")
         mesh = ep_group
@@ -183,7 +186,8 @@ def mesh_of(ep_group: dist.ProcessGroup | DeviceMesh, device_type: str) -> Devic
                 f"ep_group: expected a backend that moves {device_type} tensors, got {backend}"
             )
         if device_type == "meta":
-            device_type = "cuda" if "nccl" in backend else "cpu"
+            only_cpu = backend == "gloo" or not torch.cuda.is_available()
+            device_type = "cpu" if only_cpu else "cuda"
         mesh = DeviceMesh.from_group(ep_group, device_type)
     else:
         # new_group() returns no ProcessGroup to ranks that are not in it.

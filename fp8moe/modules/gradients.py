@@ -47,10 +47,19 @@ def reduce_expert_gradients(model: nn.Module, replicas: dist.ProcessGroup | None
         replicas: ranks that hold the same experts as this one, if there are more ranks than in
             ep_group; all of them call this together. None: this rank alone has them, or FSDP has
             averaged over the replicas already.
+
+    Raises: ValueError for replicas with another rank of ep_group, which holds other experts.
     """
+    others = set() if replicas is None else set(dist.get_process_group_ranks(replicas))
     for module in model.modules():
         if not isinstance(module, Experts) or module.ep_mesh is None:
             continue
+        shared = others & set(module.ep_mesh.mesh.flatten().tolist())
+        if len(shared) > 1:
+            raise ValueError(
+                "replicas: expected ranks that hold the same experts, got ranks "
+                f"{sorted(shared)} of one ep_group"
+            )
         ranks = module.ep_mesh.size() * (1 if replicas is None else replicas.size())
         for p in (module.w13, module.w2):
             main_grad = getattr(p, "main_grad", None)

@@ -143,15 +143,16 @@ class Router(nn.Module):
             bias = torch.zeros(num_experts, dtype=torch.float32, device=device)
             load = torch.zeros(num_experts, dtype=torch.int64, device=device)
         self.register_buffer("expert_bias", bias)
-        self.register_buffer("accumulated_load", load, persistent=False)
+        # No buffer: DDP overwrites those with rank 0's before every forward.
+        self.accumulated_load = load
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """gate ~ normal(0, std) cut at 3 std; the bias and the load are zero."""
         nn.init.trunc_normal_(self.gate.weight, std=std, a=-3 * std, b=3 * std)
-        for buffer in (self.expert_bias, self.accumulated_load):
-            if buffer is not None:
-                buffer.zero_()
+        for state in (self.expert_bias, self.accumulated_load):
+            if state is not None:
+                state.zero_()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Router:
         # module.to(bfloat16) must not round the bias: its steps are far below a BF16 ulp of it.
@@ -159,6 +160,8 @@ class Router(nn.Module):
         super()._apply(fn, recurse)
         if bias is not None and self.expert_bias.dtype != torch.float32:  # type: ignore[union-attr]
             self.expert_bias = bias.to(self.expert_bias.device)  # type: ignore[union-attr]
+        if self.accumulated_load is not None:
+            self.accumulated_load = fn(self.accumulated_load)
         return self
 
     def forward(self, x_TH: torch.Tensor) -> RouterOutput:
@@ -186,6 +189,8 @@ class Router(nn.Module):
             load_E = torch.zeros(self.num_experts, dtype=torch.int64, device=x_TH.device)
             load_E = load_E.scatter_add(0, flat_ids, torch.ones_like(flat_ids))
             if self.accumulated_load is not None and self.training and torch.is_grad_enabled():
+                if self.accumulated_load.device != load_E.device:  # FSDP moved only what it knows
+                    self.accumulated_load = self.accumulated_load.to(load_E.device)
                 self.accumulated_load.add_(load_E)
             balance_loss = self._balance_loss(scores_TE, load_E)
             return RouterOutput(topk_ids, weights_TK, balance_loss, self._z_loss(logits_TE), load_E)

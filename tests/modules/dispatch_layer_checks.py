@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from dispatch_ranks import E, H, I, K, Ranks, any_rank, check
+from torch.utils.checkpoint import checkpoint
 
 from fp8moe import FP8Config, swiglu_experts, testing
 from fp8moe.functional.exchange import Exchange
@@ -25,14 +26,18 @@ CONFIGS = {
 }
 
 
-def batch(kind: str, device: torch.device, tokens: int = 132) -> tuple[torch.Tensor, ...]:
+def batch(
+    kind: str, device: torch.device, tokens: int = 132, experts: int = E
+) -> tuple[torch.Tensor, ...]:
     """x, ids, weights, w13, w2, dy of all ranks, the same on each."""
     generator = torch.Generator().manual_seed(7)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    ids, weights = testing.random_topk(tokens, K, E, 0, dropped=0.1)
+    tokens = 0 if kind == "no tokens" else tokens
+    topk = min(K, experts)
+    ids, weights = testing.random_topk(tokens, topk, experts, 0, dropped=0.1)
     if kind == "a rank without work":
         ids = torch.where(ids < E // 2, ids + E // 2, ids)
     elif kind == "all on one rank":
@@ -41,42 +46,74 @@ def batch(kind: str, device: torch.device, tokens: int = 132) -> tuple[torch.Ten
         ids = torch.full_like(ids, E - 1)
     elif kind == "all dropped":
         ids = torch.full_like(ids, E)
+    elif kind == "an expert twice":
+        ids = torch.where(ids == E, ids, ids // 3)
     x, dy = normal(tokens, H).bfloat16(), normal(tokens, H).bfloat16()
-    w13, w2 = normal(E, 2 * I, H) * 0.1, normal(E, H, I) * 0.1
+    w13, w2 = normal(experts, 2 * I, H) * 0.1, normal(experts, H, I) * 0.1
     return tuple(t.to(device) for t in (x, ids, weights, w13, w2, dy))
 
 
-KINDS = ("uniform", "a rank without work", "all on one rank", "one expert", "all dropped")
+KINDS = (
+    "uniform",
+    "a rank without work",
+    "all on one rank",
+    "one expert",
+    "all dropped",
+    "an expert twice",
+    "no tokens",
+)
 
 
 def both(
-    ranks: Ranks, config: FP8Config, kind: str = "uniform", combine: Any = "rows"
+    ranks: Ranks,
+    config: FP8Config,
+    kind: str = "uniform",
+    combine: Any = "rows",
+    *,
+    experts: int = E,
+    dtype: torch.dtype = torch.bfloat16,
+    frozen: tuple[str, ...] = (),
+    recomputed: bool | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """y and the gradients: of this rank, and the same part of one process' results."""
-    x, ids, weights, w13, w2, dy = batch(kind, ranks.device)
-    at = ranks.tokens(len(x))
+    """y and the gradients: of this rank, and the same part of one process' results.
+
+    frozen: those of x, p, w13 and w2 that need no gradient. recomputed: under activation
+    checkpointing, True for the reentrant kind.
+    """
+    x, ids, weights, w13, w2, dy = batch(kind, ranks.device, experts=experts)
+    x, dy, at = x.to(dtype), dy.to(dtype), ranks.tokens(len(x))
+    here = ranks.experts_of(experts)
+    names = "x", "p", "w13", "w2"
 
     def leaves(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        return [t.clone().requires_grad_() for t in tensors]
+        named = zip(names, tensors, strict=True)
+        return [t.clone().requires_grad_(name not in frozen) for name, t in named]
+
+    def spread(x: torch.Tensor, p: torch.Tensor, *w: torch.Tensor) -> torch.Tensor:
+        options = {"config": config, "group": ranks.group, "combine": combine}
+        tokens = dispatch(x, ids[at], p, experts, I, **options)
+        return expert_parallel_swiglu(tokens, x, p, *w)
 
     whole = leaves(x, weights, w13, w2)
     y = swiglu_experts(whole[0], ids, *whole[1:], config=config)
     y.backward(dy)
-    mine = leaves(x[at], weights[at], w13[ranks.experts], w2[ranks.experts])
-    tokens = dispatch(
-        mine[0], ids[at], mine[1], E, I, config=config, group=ranks.group, combine=combine
-    )
-    z = expert_parallel_swiglu(tokens, *mine)
+    mine = leaves(x[at], weights[at], w13[here], w2[here])
+    if recomputed is None:
+        z = spread(*mine)
+    else:
+        z = checkpoint(spread, *mine, use_reentrant=recomputed)
     z.backward(dy[at])
-    parts = at, at, ranks.experts, ranks.experts
-    names = "dx", "dp", "dw13", "dw2"
-    got = {"y": z.detach(), **dict(zip(names, (t.grad for t in mine), strict=True))}
-    expected = {n: w.grad[part] for n, w, part in zip(names, whole, parts, strict=True)}
-    return got, {"y": y.detach()[at], **expected}
+    got, expected = {"y": z.detach()}, {"y": y.detach()[at]}
+    for name, t, w, part in zip(names, mine, whole, (at, at, here, here), strict=True):
+        assert (t.grad is None) == (name in frozen)
+        if t.grad is not None:
+            got[f"d{name}"], expected[f"d{name}"] = t.grad, w.grad[part]
+    return got, expected
 
 
 def differing(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> set[str]:
-    return {name for name, t in got.items() if not torch.equal(t, expected[name])}
+    same = {n: t.dtype == expected[n].dtype and torch.equal(t, expected[n]) for n, t in got.items()}
+    return {name for name, equal in same.items() if not equal}
 
 
 @check
@@ -85,6 +122,21 @@ def same_bits_as_one_process(ranks: Ranks) -> None:
         for kind in KINDS if name in ("fp8", "bf16") else KINDS[:2]:
             got, expected = both(ranks, config, kind)
             assert differing(got, expected) == set(), (name, kind, differing(got, expected))
+
+
+@check
+def same_bits_in_corners(ranks: Ranks) -> None:
+    """Input dtypes, gradients that nobody asks for, recomputation, one expert on each rank."""
+    fp8, bf16 = FP8Config(), FP8Config.bf16()
+    corners: list[tuple[FP8Config, dict[str, Any]]] = [
+        *((c, {"dtype": dtype}) for c in (fp8, bf16) for dtype in (torch.float16, torch.float32)),
+        *((c, {"recomputed": kind}) for c in (fp8, bf16) for kind in (True, False)),
+        *((c, {"experts": ranks.size}) for c in (fp8, bf16)),
+        *((c, {"frozen": f}) for c in (fp8, bf16) for f in (("w13", "w2"), ("x", "p"), ("w2",))),
+    ]
+    for config, options in corners:
+        got, expected = both(ranks, config, **options)
+        assert differing(got, expected) == set(), (config, options, differing(got, expected))
 
 
 @check
@@ -153,9 +205,14 @@ def wrong_arguments_are_raised_on_every_rank(ranks: Ranks) -> None:
     ):
         with pytest.raises(ValueError, match=message.replace("[", r"\[")):
             dispatch(*args, E, I, config=FP8Config(), group=ranks.group)
-    with pytest.raises(ValueError, match="combine: expected the same on all ranks"):
-        combine: Any = "sums" if ranks.rank else "rows"
-        dispatch(x, ids, weights, E, I, config=FP8Config(), group=ranks.group, combine=combine)
+    mixed: tuple[dict[str, Any], ...] = (
+        {"combine": "sums" if ranks.rank else "rows", "config": FP8Config()},
+        {"config": FP8Config(dgrad="bf16" if ranks.rank else "fp8")},
+        {"config": FP8Config(pow2_scales=bool(ranks.rank))},
+    )
+    for options, name in zip(mixed, ("combine", "FP8", "pow2_scales"), strict=True):
+        with pytest.raises(ValueError, match=f"{name}: expected the same on all ranks"):
+            dispatch(x, ids, weights, E, I, group=ranks.group, **options)
     with pytest.raises(ValueError, match=f"num_experts: expected a multiple of the {ranks.size}"):
         Experts(E + 1, H, I, ep_group=ranks.group, device=ranks.device)
     pair = dist.new_group([0])

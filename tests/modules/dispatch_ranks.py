@@ -1,13 +1,15 @@
 """The processes that the checks of expert parallelism run in.
 
-python tests/modules/dispatch_ranks.py RANK SIZE FOLDER DEVICE     # one of the processes
+python tests/modules/dispatch_ranks.py SIZE FOLDER DEVICE     # starts all of them
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -28,7 +30,10 @@ class Ranks:
         self.rank, self.size, self.folder = rank, size, folder
         self.device = torch.device(device, rank) if device == "cuda" else torch.device(device)
         self.group = dist.group.WORLD
-        self.experts = slice(rank * E // size, (rank + 1) * E // size)
+
+    def experts_of(self, experts: int) -> slice:
+        """Those of this rank."""
+        return slice(self.rank * experts // self.size, (self.rank + 1) * experts // self.size)
 
     def tokens(self, total: int) -> slice:
         """This rank's part of a batch: uneven, and none on rank 1."""
@@ -60,9 +65,6 @@ def run_checks(rank: int, size: int, folder: Path, device: str) -> None:
     The first failure ends the process, and through the broken connections the others: after it the
     ranks would no longer be at the same place.
     """
-    import dispatch_layer_checks  # noqa: F401  (they enter themselves into CHECKS)
-    import dispatch_model_checks  # noqa: F401
-
     torch.set_num_threads(1)
     backend = "nccl" if device == "cuda" else "gloo"
     if device == "cuda":
@@ -86,35 +88,46 @@ def run_checks(rank: int, size: int, folder: Path, device: str) -> None:
     dist.destroy_process_group()
 
 
+def start_ranks(size: int, folder: Path, device: str) -> None:
+    """Import what the checks need once, then fork the ranks; importing touches no GPU."""
+    import dispatch_layer_checks  # noqa: F401  (they enter themselves into CHECKS)
+    import dispatch_model_checks  # noqa: F401
+    import torch._dynamo  # noqa: F401  (an optimizer's first step would import it in every rank)
+
+    context = multiprocessing.get_context("fork")
+    arguments = [(rank, size, folder, device) for rank in range(size)]
+    processes = [context.Process(target=run_checks, args=args) for args in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
 def launch(size: int, folder: Path, device: str) -> list[dict[str, str]]:
     """The outcomes of all checks, {check: "passed" or a traceback}, on each of `size` ranks."""
     root = Path(__file__).resolve().parents[2]
     # NVLink multicast is of no use here, and not every host offers it.
     settings = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(size), str(folder), device],
-            env={**os.environ, **settings},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    texts = []
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(size), str(folder), device],
+        env={**os.environ, **settings},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        for process in processes:
-            texts.append(process.communicate(timeout=2 * TIMEOUT_S)[0])
+        text = process.communicate(timeout=2 * TIMEOUT_S)[0]
     except subprocess.TimeoutExpired:
-        texts.append(f"no end after {2 * TIMEOUT_S} s")
+        text = f"no end after {2 * TIMEOUT_S} s"
     finally:
-        for process in processes:
-            process.kill()
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     paths = [folder / f"outcome-{size}-{rank}.json" for rank in range(size)]
     outcomes = [json.loads(path.read_text()) if path.exists() else {} for path in paths]
     if not all(outcomes):
-        raise RuntimeError("a process did not start:\n" + "\n".join(texts)[-4000:])
+        raise RuntimeError(f"a process did not start:\n{text[-4000:]}")
     return outcomes
 
 
@@ -122,4 +135,4 @@ if __name__ == "__main__":
     # Under its own name, which the checks import, and not as __main__.
     import dispatch_ranks
 
-    dispatch_ranks.run_checks(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+    dispatch_ranks.start_ranks(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fp8moe import FP8Config, testing
 from fp8moe.modules import (
@@ -111,9 +111,21 @@ def test_initialisation_does_not_depend_on_the_group(group):
     assert torch.equal(sharded.w2.full_tensor(), whole.w2)
 
 
+def test_tokens_on_their_way_serve_one_forward(group):
+    experts = Experts(E, H, I, ep_group=group)
+    batch = inputs()
+    tokens = experts.dispatch(*batch)
+    experts(*batch, tokens)
+    with pytest.raises(RuntimeError, match="dispatched: expected tokens on their way, got some"):
+        experts(*batch, tokens)
+    experts.dispatch(*batch)  # never used
+    assert experts(*batch).isfinite().all()
+
+
 def test_meta_device_then_materialised(group, device):
     experts = Experts(E, H, I, device="meta", ep_group=group).to_empty(device=device)
     experts.reset_parameters()
+    assert experts.ep_mesh.device_type == device.type
     assert experts(*inputs()).isfinite().all()
 
 
@@ -147,6 +159,14 @@ def test_weight_cache_belongs_to_the_sharded_parameter(group):
     after = weight_cache_info()
     assert (after.hits - before.hits, after.misses - before.misses) == (2, 2)
     (first + second).float().square().mean().backward()
+    # Without gradients the same copies serve, and any optimizer's step makes them stale too.
+    other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    for act, hits in ((lambda: None, 2), (other.step, 0)):
+        act()
+        before = weight_cache_info().hits
+        with torch.no_grad():
+            experts(*inputs())
+        assert weight_cache_info().hits - before == hits
 
     # A step, and writes that only one of the two version counters shows, are all seen.
     def step():
@@ -169,6 +189,13 @@ def test_weight_cache_belongs_to_the_sharded_parameter(group):
         torch.manual_seed(0)
         assert torch.equal(new, experts(*inputs())), change.__name__
         assert not torch.equal(new, old), change.__name__
+
+
+def test_using_weights_without_gradients_leaves_no_mark_on_them(group):
+    experts = Experts(E, H, I, ep_group=group)
+    with torch.no_grad():
+        experts(*inputs())
+    assert not hasattr(experts.w13._local_tensor, "part_of")
 
 
 def test_main_grad_of_a_sharded_parameter(group):
@@ -209,8 +236,10 @@ def test_gradient_norm_over_plain_and_sharded_parameters(group):
 
 def test_refused_before_any_work(group, device):
     mesh = init_device_mesh(device.type, (1, 1), mesh_dim_names=("dp", "ep"))
+    elsewhere = DeviceMesh("cpu" if device.type == "cuda" else "cuda", [0], _init_backend=False)
     for bad, message in (
         ({"ep_group": mesh}, r"ep_group: expected a mesh of one dimension, got 2.*mesh\['ep'\]"),
+        ({"ep_group": elsewhere}, f"ep_group: expected a mesh of {device.type} devices, got"),
         ({"ep_group": 3}, "ep_group: expected a ProcessGroup with this rank in it.* got 3"),
         ({"ep_group": group, "combine": "mean"}, "combine: expected 'rows' or 'sums', got 'mean'"),
     ):

@@ -237,27 +237,6 @@ def test_load_counts_in_training_with_gradients_only(device):
     assert int(router.accumulated_load.sum()) == T * K
 
 
-def _update_on_rank(rank, store, biases):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
-    )
-    router = Router(H, E, 2, bias_update_speed=0.5)
-    router.accumulated_load.copy_(torch.arange(E) * (1 if rank else -3) + 20 * rank)
-    router.update_bias(torch.distributed.group.WORLD)
-    torch.save(router.expert_bias, f"{biases}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.dist
-@pytest.mark.slow
-def test_update_bias_over_ranks(tmp_path):
-    torch.multiprocessing.spawn(_update_on_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
-    load = torch.arange(E) * -2.0 + 20
-    expected = 0.5 * (load.mean() - load).sign()
-    for rank in range(2):
-        assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), expected)
-
-
 def test_update_bias_needs_a_bias(device):
     with pytest.raises(RuntimeError, match="bias_update_speed"):
         make(device).update_bias()
