@@ -54,7 +54,7 @@ def reduce_expert_gradients(model: nn.Module, replicas: dist.ProcessGroup | None
     for module in model.modules():
         if not isinstance(module, Experts) or module.ep_mesh is None:
             continue
-        shared = others & set(module.ep_mesh.mesh.flatten().tolist())
+        shared = others & set(dist.get_process_group_ranks(module.ep_mesh.get_group()))
         if len(shared) > 1:
             raise ValueError(
                 "replicas: expected ranks that hold the same experts, got ranks "
