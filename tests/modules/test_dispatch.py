@@ -210,7 +210,8 @@ def test_main_grad_of_a_sharded_parameter(group):
     experts(*inputs()).float().square().mean().backward()
     for p, grad in zip(experts.parameters(), expected, strict=True):
         # torch 2.11 makes zeros of the gradient that is not there, on the way to the DTensor.
-        assert p.grad is None or not p.grad.to_local().any()
+        zeros = torch.__version__ < (2, 13) and p.grad is not None
+        assert not p.grad.to_local().any() if zeros else p.grad is None
         assert p.grad_added_to_main_grad
         assert torch.equal(p.main_grad, grad)
     reduce_expert_gradients(experts)
