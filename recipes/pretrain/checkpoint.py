@@ -40,10 +40,10 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Writes a JSON file so that a reader finds the old text or the new one, never a part."""
     partial = path.with_name(f"{_PARTIAL}{path.name}")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
     _sync(partial)
     os.replace(partial, path)
     _sync(path.parent)

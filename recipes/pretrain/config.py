@@ -56,14 +56,16 @@ class Config:
     balance_loss: float = _option(0.01, "weight of the load-balancing loss")
     z_loss: float = _option(0.001, "weight of the router's z-loss")
 
-    pow2_scales: bool = _option(True, "round FP8 scales up to powers of two")
+    pow2_scales: bool = _option(True, "round FP8 scales, of weights too, up to powers of two")
     save: Save = _option("bf16", "what FP8 experts keep for backward", ("bf16", "fp8", "recompute"))
+
+    compile: bool = _option(False, "torch.compile around the FP8 experts (see the README)")
 
     log_every: int = _option(5, "steps between two reads of the device's metrics")
     eval_every: int = _option(50, "steps between two validations")
     eval_batches: int = _option(8, "micro-batches in a validation")
     observe_every: int = _option(25, "steps between two looks at FP8 values; 0: never")
-    checkpoint_every: int = _option(100, "steps between two checkpoints")
+    checkpoint_every: int = _option(100, "steps between two checkpoints; 0: only at a stop")
     keep: int = _option(2, "checkpoints to keep")
     sample_bytes: int = _option(200, "bytes of text to write at the end; 0: none")
     temperature: float = _option(0.7, "temperature of that text")
@@ -150,6 +152,8 @@ class Config:
                     f"--{option(name)}: expected a multiple of --ep ({self.ep}), "
                     f"got {getattr(self, name)}"
                 )
+        if self.compile and self.ep > 1:
+            raise UserError(f"--compile: expected --ep 1, got {self.ep}")
         if self.warmup_steps >= self.steps:
             raise UserError(
                 f"--warmup-steps: expected fewer than --steps ({self.steps}), "
@@ -167,10 +171,11 @@ class Config:
 _POSITIVE = (
     "layers", "d_model", "heads", "experts", "top_k", "d_expert", "seq_len", "batch_size",
     "grad_accumulation", "steps", "ep", "lr", "clip", "log_every", "eval_every", "eval_batches",
-    "checkpoint_every", "keep", "temperature",
+    "keep", "temperature",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "warmup_steps", "weight_decay", "balance_loss", "z_loss", "observe_every", "sample_bytes",
+    "checkpoint_every",
 )  # fmt: skip
 
 

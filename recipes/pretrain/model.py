@@ -83,9 +83,29 @@ class Block(nn.Module):
         self.moe.router.reset_parameters(std)
         self.moe.experts.reset_parameters(std, out_std)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """x + attention(norm(x)), and the norm of that for the experts."""
         x = x + self.attention(self.attention_norm(x), cos, sin)
-        y, router_loss = self.moe(self.moe_norm(x))
+        return x, self.moe_norm(x)
+
+    def compile_parts(self, backend: str) -> None:
+        """Has torch.compile fuse what is made of torch's own operators.
+
+        Part by part, so that hooks around the experts still run. FP8 experts are left out: their
+        kernels are fused already, and compiled they could not be observed.
+        """
+        parts = [(self, "attend"), (self.moe.router, "forward")]
+        if not self.moe.experts.config.any_fp8:
+            parts.append((self.moe.experts, "forward"))
+        for module, name in parts:
+            compiled = torch.compile(
+                getattr(module, name), fullgraph=True, dynamic=False, backend=backend
+            )
+            setattr(module, name, compiled)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        x, normed = self.attend(x, cos, sin)
+        y, router_loss = self.moe(normed)
         return x + y, router_loss
 
 
@@ -107,7 +127,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         experts = fp8moe.FP8Config.bf16()
         if precision == "fp8":
-            experts = fp8moe.FP8Config(pow2_scales=config.pow2_scales, save=config.save)
+            pow2 = config.pow2_scales
+            experts = fp8moe.FP8Config(pow2_scales=pow2, pow2_weight_scales=pow2, save=config.save)
         self.embedding = nn.Embedding(VOCABULARY, config.d_model)
         blocks = [Block(config, experts, ep_group) for _ in range(config.layers)]
         self.blocks = nn.ModuleList(blocks)
@@ -120,6 +141,12 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embedding.weight, std=std)
         for block in blocks:
             block.reset_parameters(std, std / math.sqrt(2 * config.layers))
+
+    def compile_parts(self, backend: str = "inductor") -> None:
+        """Has torch.compile fuse what the blocks make of torch's own operators."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.compile_parts(backend)
 
     def _hidden(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         x = self.embedding(tokens)

@@ -109,6 +109,7 @@ class RunFolder:
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             },
+            "device": torch.cuda.get_device_name() if config.device == "cuda" else "CPU",
             "threads": torch.get_num_threads(),
         }
         checkpoint.write_json(self.path / CONFIG, settings)

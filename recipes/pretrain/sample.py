@@ -19,6 +19,7 @@ def readable(data: bytes) -> str:
     return data.decode("utf-8", errors="replace")
 
 
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def write_texts(twin: Twin, config: Config) -> list[tuple[str, str]]:
     """(prompt, continuation) for each of PROMPTS, at most ``config.sample_bytes`` bytes each.

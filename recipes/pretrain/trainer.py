@@ -76,12 +76,14 @@ class Trainer:
                     self._show(bar, metrics)
                 if done or self.step % config.eval_every == 0:
                     self._validate(metrics)
-                if done or self.step % config.checkpoint_every == 0:
+                every = config.checkpoint_every
+                if every > 0 and (done or self.step % every == 0):
                     self.save(folder, metrics)
                     saved_at = self.step
-        if self.step != saved_at:
+        finished = self.step == config.steps
+        if self.step != saved_at and not finished:
             self.save(folder, metrics)
-        return self.step == config.steps
+        return finished
 
     def _one_step(self) -> None:
         every = self.config.observe_every

@@ -44,6 +44,8 @@ class Twin:
         torch.manual_seed(mixed_seed("weights", config.seed))
         with self.device:
             self.model = LanguageModel(config, name, ranks.ep_group)
+        if config.compile:
+            self.model.compile_parts()
         self._replica = ranks.replicate(self.model)
         self.optimizer = ClippedAdamW(self.model, config)
         self.meter = StepMeter(self.device)
@@ -83,6 +85,8 @@ class Twin:
         parameters = sum(p.numel() * p.element_size() for p in self.model.parameters())
         return parameters * (3 if self.optimizer.adamw.state else 1)
 
+    # Not worth a second compilation, for no gradients and for other lengths.
+    @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> float:
         """Mean loss over the batches, nats per byte."""
