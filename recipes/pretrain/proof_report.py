@@ -161,8 +161,8 @@ def _print_settings(runs: Runs, console: Any) -> None:
     results = by_setting(runs)
     base = results.get(BASE, {})
     table = Table(title=f"Against BF16 of the same seed, mean over seeds; bar {TOLERANCE:.2%}")
-    for name in ("setting", "seeds", "loss, last 1/4", "largest", "held out", "verdict", "speed"):
-        table.add_column(name, justify="left" if name in ("setting", "verdict") else "right")
+    for name in ("setting", "seeds", "loss, last 1/4", "", "largest", "held out", "", "speed"):
+        table.add_column(name, justify="right" if name else "left")
     for setting, seeds in against_base(runs).items():
         if not seeds:
             continue
@@ -172,14 +172,17 @@ def _print_settings(runs: Runs, console: Any) -> None:
             results[setting][s].tokens_per_s / base[s].tokens_per_s for s in seeds
         )
         table.add_row(
-            setting, ", ".join(map(str, seeds)), f"{mean.train:+.3%}", f"{largest:+.3%}",
-            f"{mean.valid:+.3%}", "within" if abs(mean.train) <= TOLERANCE else "OUTSIDE",
-            f"{speed:.2f}x",
+            setting, ", ".join(map(str, seeds)), f"{mean.train:+.3%}", _verdict(mean.train),
+            f"{largest:+.3%}", f"{mean.valid:+.3%}", _verdict(mean.valid), f"{speed:.2f}x",
         )  # fmt: skip
     for seed, d in between_seeds(runs).items():
         row = f"BF16, seed {seed} to {next(iter(base))}"
-        table.add_row(row, "", f"{d.train:+.3%}", "", f"{d.valid:+.3%}", "(chance)", "")
+        table.add_row(row, "", f"{d.train:+.3%}", "chance", "", f"{d.valid:+.3%}", "chance", "")
     console.print(table)
+
+
+def _verdict(difference: float) -> str:
+    return "within" if abs(difference) <= TOLERANCE else "OUTSIDE"
 
 
 def _print_text(

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from fp8moe import FP8Config
 from recipes.pretrain.config import Config, UserError, load
 from recipes.pretrain.model import LanguageModel
 from recipes.pretrain.optimizer import learning_rate
@@ -34,6 +35,15 @@ def test_parameter_count_is_that_of_the_model(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == PRESETS[name].parameters
 
 
+@pytest.mark.parametrize("pow2", [True, False])
+def test_scales_of_weights_follow_the_option(pow2: bool) -> None:
+    with torch.device("meta"):
+        model = LanguageModel(Config(pow2_scales=pow2, save="fp8"), "fp8")
+    found = {block.moe.experts.config for block in model.blocks}
+    expected = FP8Config(pow2_scales=pow2, pow2_weight_scales=pow2, save="fp8")
+    assert found == {expected}
+
+
 def test_default_preset_suits_the_machine() -> None:
     name, _ = choose(None, {})
     assert name == ("h100" if has_hopper() else "cpu")
@@ -54,6 +64,8 @@ def test_default_preset_suits_the_machine() -> None:
         ({"valid_fraction": 0.9}, "--valid-fraction: expected 0 to 0.5, got 0.9"),
         ({"min_lr": 2.0}, "--min-lr: expected 0 to 1"),
         ({"beta2": 1.0}, "--beta2: expected 0 to 1"),
+        ({"checkpoint_every": -1}, "--checkpoint-every: expected 0 or more, got -1"),
+        ({"compile": True, "ep": 2}, "--compile: expected --ep 1, got 2"),
     ],
 )
 def test_check_names_option_and_value(changes: dict, message: str) -> None:
