@@ -30,6 +30,8 @@ OPTIONS: tuple[str, ...] = (
     f"--gpu-architecture={ARCH}",
     "-std=c++17",
     "-default-device",
+    # The driver's cache of compiled code would return a kernel without the log that is checked here.
+    "--no-cache",
     "--ptxas-options=-v",
     "--ptxas-options=-warn-spills",
     "--ptxas-options=-Werror",
