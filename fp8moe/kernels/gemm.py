@@ -33,8 +33,9 @@ def spec(grouping: Grouping, output: Output, tile: Tile, groups: int) -> jit.Ker
             ("BLOCK_M", tile.block_m),
             ("BLOCK_N", tile.block_n),
             ("STAGES", tile.stages(block_scales, groups)),
-            ("ASYNC_STORE", int(tile.async_store(block_scales))),
+            ("ASYNC_STORE", int(tile.async_store)),
         ),
+        hold_operands=True,
     )
 
 
@@ -98,7 +99,7 @@ def _plan(p: Problem, sms: int, config: tuple[Tile, int]) -> _Plan:
         min(sms, heuristics.max_tiles(p, tile)),
         128 * (tile.consumers + 1),
         tile.shared_memory(block_scales, p.groups),
-        tile.async_store(block_scales),
+        tile.async_store,
     )
 
 
@@ -129,12 +130,12 @@ def _launch(
     map_d = (
         tma.tensor_map(
             out.data_ptr(),
-            dtype="bf16",
+            dtype="bf16" if p.output == Output.BF16 else "f32",
             rows=out.numel() // p.n,
             cols=p.n,
-            row_stride_bytes=p.n * 2,
+            row_stride_bytes=p.n * out.element_size(),
             box_rows=16,
-            box_cols=64,
+            box_cols=128 // out.element_size(),
             swizzle=128,
         )
         if plan.async_store
