@@ -10,6 +10,7 @@ size and, with uniform routing, its experts get about the same number of rows: w
 ``efficiency`` = time at ep = 1 / time at ep. Times are medians of the slowest rank, of forward and
 backward of a layer whose routing is given and whose FP8 weights are cached. Columns:
 
+    spared SMs    that the weight gradients leave to NCCL while dx travels
     fp8 MB        what a rank sends to others in the two dispatches (x and dy)
     bf16 MB       what that would be in BF16
     combine MB    what it sends in the two combines (y and dx), in BF16
@@ -33,17 +34,21 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import itertools
 import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.profiler import profile
 
 import fp8moe
 from benchmarks import harness
+from fp8moe.functional import expert_parallel
 from fp8moe.functional.exchange import Exchange, FP8Message
 from fp8moe.functional.expert_parallel import Dispatched
 from fp8moe.modules import Experts, SharedExperts
@@ -75,9 +80,9 @@ TINY = {
 }
 
 COLUMNS = [
-    "shape", "ep", "combine", "ms", "efficiency", "fp8 MB", "bf16 MB", "combine MB", "fp8 ms",
-    "bf16 ms", "combine ms", "wire GB/s", "comm ms", "comm share", "hidden", "shared ms", "overlap",
-    "GiB",
+    "shape", "ep", "combine", "spared SMs", "ms", "efficiency", "fp8 MB", "bf16 MB", "combine MB",
+    "fp8 ms", "bf16 ms", "combine ms", "wire GB/s", "comm ms", "comm share", "hidden", "shared ms",
+    "overlap", "GiB",
 ]  # fmt: skip
 
 WIRE_BYTES = 256 << 20
@@ -227,9 +232,20 @@ def wire_bytes(exchange: Exchange, shape: Shape) -> dict[str, float]:
 
 
 def measure(
-    label: str, shape: Shape, ep: int, combine: str, clock: Clock, alone_ms: float | None
+    label: str,
+    shape: Shape,
+    ep: int,
+    combine: str,
+    clock: Clock,
+    alone_ms: float | None,
+    trace: str | None = None,
 ) -> dict[str, object]:
-    """One row of the table. alone_ms: `ms` at ep = 1, None if this is it."""
+    """One row of the table.
+
+    Args:
+        alone_ms: `ms` at ep = 1, None if this is it.
+        trace: folder for rank 0's timeline of a step with the shared expert.
+    """
     layer = Layer(shape, ep, combine, clock.device)
     timed = {
         "layer": layer.step,
@@ -252,6 +268,13 @@ def measure(
         "with shared ms": ms["both"],
         "sizes": {**shape._asdict(), "experts": layer.experts.num_experts},
     }  # fmt: skip
+    if ep > 1:
+        row["spared SMs"] = expert_parallel.SPARED_SMS
+    if trace is not None:
+        name = "-".join(
+            str(row[key]) for key in ("shape", "ep", "combine", "spared SMs") if key in row
+        )
+        write_timeline(Path(trace) / f"{name}.json.gz", layer.step_with_shared)
     if clock.device.type == "cuda":
         row["GiB"] = torch.cuda.max_memory_allocated() / 2**30
     if alone_ms is not None:
@@ -264,6 +287,17 @@ def measure(
         if alone_ms is not None:
             row["hidden"] = 1 - (ms["layer"] - alone_ms) / ms["comm"]
     return row
+
+
+def write_timeline(path: Path, step: Callable[[], None]) -> None:
+    """A trace of a step on rank 0, for chrome://tracing or Perfetto; the first one warms up."""
+    for _ in range(2):
+        with profile() as profiler:
+            step()
+            dist.barrier()
+    if dist.get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
 
 
 def ep_sizes(world: int, wanted: list[int] | None) -> list[int]:
@@ -286,6 +320,15 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--combine", nargs="+", choices=["rows", "sums"], default=["rows", "sums"])
     top.add_argument("--iterations", type=int, default=20)
     top.add_argument("--tiny", action="store_true", help="small sizes: shows that it runs, no more")
+    top.add_argument(
+        "--spare-sms",
+        nargs="+",
+        type=int,
+        default=[expert_parallel.SPARED_SMS],
+        metavar="N",
+        help="SMs that the weight gradients leave to NCCL while dx travels; several are compared",
+    )
+    top.add_argument("--trace", metavar="FOLDER", help="write a timeline of one step of each row")
     top.add_argument("--json", metavar="FILE", help="append one JSON object per row")
     return top
 
@@ -309,8 +352,10 @@ def main() -> None:
         rows: list[dict[str, object]] = []
         alone_ms: float | None = None
         for ep in ep_sizes(world, args.ep):
-            for combine in args.combine if ep > 1 else args.combine[:1]:
-                row = measure(label, shape, ep, combine, clock, alone_ms)
+            variants = list(itertools.product(args.combine, args.spare_sms))
+            for combine, spared in variants if ep > 1 else variants[:1]:
+                expert_parallel.SPARED_SMS = spared
+                row = measure(label, shape, ep, combine, clock, alone_ms, args.trace)
                 rows.append({**row, "world": world})
                 if ep == 1:
                     alone_ms = float(str(row["ms"]))

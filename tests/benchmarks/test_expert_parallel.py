@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -37,7 +38,14 @@ def test_two_processes(tmp_path: Path, device: torch.device) -> None:
     if device.type == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     file = tmp_path / "out" / "rows.jsonl"
-    done = torchrun(device, "--tiny", "--iterations=1", "--shapes=qwen3", f"--json={file}")
+    done = torchrun(
+        device,
+        "--tiny",
+        "--iterations=1",
+        "--shapes=qwen3",
+        f"--json={file}",
+        f"--trace={tmp_path}",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(r["ep"], r["combine"]) for r in rows] == [(1, ""), (2, "rows"), (2, "sums")]
@@ -52,8 +60,12 @@ def test_two_processes(tmp_path: Path, device: torch.device) -> None:
         fp8, bf16 = 2 * (h + h // 128 * 4) + 8 * k, 4 * h + 8 * k
         assert row["fp8 MB"] / row["bf16 MB"] == pytest.approx(fp8 / bf16)
     assert by_token["combine MB"] < by_row["combine MB"]
+    for name in ("qwen3-1-", "qwen3-2-rows-0", "qwen3-2-sums-0"):
+        trace = json.loads(gzip.decompress((tmp_path / f"{name}.json.gz").read_bytes()))
+        sent = [e for e in trace["traceEvents"] if "alltoall" in e["name"].replace("_", "")]
+        assert bool(sent) == ("-2-" in name)
     table = done.stdout.splitlines()
-    assert table[0].split()[:4] == ["shape", "ep", "combine", "ms"] and len(table) >= 4
+    assert table[0].split()[:3] == ["shape", "ep", "combine"] and len(table) >= 4
 
 
 def test_sizes_of_groups() -> None:
