@@ -107,9 +107,12 @@ def import_checks() -> None:
     import torch._dynamo  # noqa: F401  (an optimizer's first step would import it in every rank)
 
 
-def start_ranks(size: int, folder: Path, device: str) -> None:
+def start_ranks(size: int, folder: Path, device: str) -> int:
     """Fork the ranks after importing what the checks need once. CUDA allows no fork after anything
-    asked it for a GPU, so there every rank is a process of its own."""
+    asked it for a GPU, so there every rank is a process of its own.
+
+    Returns: 1 if one of them did not come to the end, else 0.
+    """
     if device == "cpu":
         import_checks()
     context: Any = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
@@ -126,7 +129,8 @@ def start_ranks(size: int, folder: Path, device: str) -> None:
                 for other in running.values():
                     other.join(PEERS_S)
                     other.kill()
-                return
+                return 1
+    return 0
 
 
 def launch(size: int, folder: Path, device: str) -> list[dict[str, str]]:
@@ -154,8 +158,10 @@ def launch(size: int, folder: Path, device: str) -> list[dict[str, str]]:
             process.wait()
     paths = [folder / f"outcome-{size}-{rank}.json" for rank in range(size)]
     outcomes = [json.loads(path.read_text()) if path.exists() else {} for path in paths]
-    if not all(outcomes):
-        raise RuntimeError(f"a process did not start:\n{text[-4000:]}")
+    failed = any(outcome != "passed" for found in outcomes for outcome in found.values())
+    if process.returncode and not failed:  # killed, by the watchdog of NCCL for one
+        done = [list(found)[-1:] for found in outcomes]
+        raise RuntimeError(f"ended without a result after the checks {done}:\n{text[-4000:]}")
     return outcomes
 
 
@@ -163,4 +169,4 @@ if __name__ == "__main__":
     # Under its own name, which the checks import, and not as __main__.
     import dispatch_ranks
 
-    dispatch_ranks.start_ranks(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    sys.exit(dispatch_ranks.start_ranks(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]))
