@@ -7,7 +7,9 @@ token-transposed operands with 1x128 scales each (``quant.per_channel``).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -55,6 +57,24 @@ def kernel_specs() -> list[jit.KernelSpec]:
 @lru_cache
 def num_sms(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+_spared = 0
+
+
+@contextlib.contextmanager
+def sparing_sms(count: int) -> Iterator[None]:
+    """GEMMs launched meanwhile leave `count` SMs free, for a message that travels beside them.
+
+    A GEMM's CTAs share its tiles evenly and stay until the last one. One that has to wait until
+    another kernel leaves its SM ends that much later, and with it the GEMM: nothing is hidden.
+    """
+    global _spared
+    before, _spared = _spared, count
+    try:
+        yield
+    finally:
+        _spared = before
 
 
 def _block_stride(scale: torch.Tensor) -> int:
@@ -121,7 +141,7 @@ def _launch(
     """Run problem ``p``; ``config`` overrides the heuristic (tile, band) when searching."""
     if p.m == 0:
         return
-    sms = num_sms(out.get_device())
+    sms = max(1, num_sms(out.get_device()) - _spared)
     plan = _plan(p, sms, config) if config else _chosen_plan(p, sms)
     k_total = a.shape[-1]
     map_a = _operand_map(a, plan.tile.block_m)
