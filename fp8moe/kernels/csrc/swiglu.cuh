@@ -60,12 +60,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3)
   for (int i = 0; i < 4; ++i) {
     float p = weight_of_row(weights, i);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      u32 gj = word_of(g[i], j), uj = word_of(u[i], j);
-      float low = bf16_low(gj), high = bf16_high(gj);
-      aw[i][j] = pack_bf16(p * (low * sigmoid(low) * bf16_low(uj)),
-                           p * (high * sigmoid(high) * bf16_high(uj)));
-    }
+    for (int j = 0; j < 4; ++j) aw[i][j] = weighted_swiglu(p, word_of(g[i], j), word_of(u[i], j));
   }
   u32 max01 = amax_bf16x8(aw[0]) | amax_bf16x8(aw[1]) << 16;
   u32 max23 = amax_bf16x8(aw[2]) | amax_bf16x8(aw[3]) << 16;
