@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fp8moe.kernels import cast, cast_permute, gemm, heuristics, permute, swiglu
+from fp8moe.kernels import cast, cast_permute, gemm, gemm_swiglu, heuristics, permute, swiglu
 from fp8moe.kernels.fp8tensor import padded_capacity
 from fp8moe.kernels.heuristics import Grouping, Output, Problem
 from fp8moe.kernels.jit import KernelSpec
@@ -32,7 +32,7 @@ def layer_problems(shape: LayerShape, tokens: int) -> set[Problem]:
 
 def all_specs() -> list[KernelSpec]:
     """Every kernel configuration that is shipped."""
-    modules = (gemm, cast, cast_permute, permute, swiglu)
+    modules = (gemm, gemm_swiglu, cast, cast_permute, permute, swiglu)
     return [spec for module in modules for spec in module.kernel_specs()]
 
 
@@ -42,7 +42,8 @@ def layer_specs(
     """The kernels that layers of ``shape`` use on a GPU with ``num_sms`` multiprocessors.
 
     Kernels take their sizes at run time, so this is a part of ``all_specs``: the tiles that the
-    heuristics choose for these sizes, and all casts, permutations and activations.
+    heuristics choose for these sizes, and all casts, permutations and activations, the one in a
+    GEMM included.
 
     Args:
         shape: the expert layer.
@@ -55,6 +56,6 @@ def layer_specs(
             tile, _ = heuristics.choose(problem, num_sms)
             spec = gemm.spec(problem.grouping, problem.output, tile, problem.groups)
             specs[spec] = None
-    for module in (cast, cast_permute, permute, swiglu):
+    for module in (gemm_swiglu, cast, cast_permute, permute, swiglu):
         specs.update(dict.fromkeys(module.kernel_specs()))
     return list(specs)

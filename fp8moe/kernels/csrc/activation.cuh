@@ -12,11 +12,8 @@ __device__ __forceinline__ float sigmoid(float g) {
   return s;
 }
 
-// bf16(p * silu(g) * u) of two columns.
-__device__ __forceinline__ u32 weighted_swiglu(float p, u32 g, u32 u) {
-  float low = bf16_low(g), high = bf16_high(g);
-  return pack_bf16(p * (low * sigmoid(low) * bf16_low(u)), p * (high * sigmoid(high) * bf16_high(u)));
-}
+// silu(g) * u
+__device__ __forceinline__ float swiglu(float g, float u) { return g * sigmoid(g) * u; }
 
 // The routing weights of a warp's eight consecutive rows: lane L loads that of row L % 8, others ask
 // for it by shuffle. One load in flight from the start; four a thread would be put off until each is

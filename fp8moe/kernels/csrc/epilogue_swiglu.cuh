@@ -13,6 +13,7 @@
 #include "activation.cuh"
 #include "scheduler.cuh"
 
+constexpr bool kPow2 = POW2;
 constexpr int PANEL_BYTES = 16 * 128;           // 16 rows x 128 columns of E4M3
 constexpr int STAGING_BYTES = 2 * PANEL_BYTES;  // a consumer warp's
 static_assert(GROUPING == M_GROUPED && BLOCK_M == 128 && BLOCK_N == 256, "halves of 128 columns: gate and up");
@@ -47,21 +48,26 @@ DEVICE u32 reduce_quad_max(u32 pair) {
     return max_u16x2(pair, __shfl_xor_sync(kFullWarp, pair, 2));
 }
 
-// Casts the warp's 16 x 128 values into a panel, chunks in the order described above.
-DEVICE void write_panel(u32 panel, const Pairs& w, const BlockScale& first, const BlockScale& second) {
-    const int lane = threadIdx.x % 32;
+// Casts chunks c and c + 1 of the warp's 16 rows into a panel, bytes in the order described above.
+DEVICE void write_chunks(u32 panel, const Pairs& w, int c, const BlockScale (&scale)[2]) {
+    u32 q[4];
 #pragma unroll
-    for (int c = 0; c < 8; c += 2) {
-        u32 q[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const u32 left = w[4 * (c + j / 2) + j % 2], right = w[4 * (c + j / 2) + 2 + j % 2];
-            const float inv = j % 2 ? second.inv : first.inv;
-            q[j] = pack_e4m3x4(bf16_low(left) * inv, bf16_high(left) * inv, bf16_low(right) * inv,
-                               bf16_high(right) * inv);
-        }
-        store_matrix_x4(panel + swizzle(lane % 16, c + lane / 16), q[0], q[1], q[2], q[3]);
+    for (int j = 0; j < 4; ++j) {
+        const u32 left = w[4 * (c + j / 2) + j % 2], right = w[4 * (c + j / 2) + 2 + j % 2];
+        const float inv = scale[j % 2].inv;
+        q[j] = pack_e4m3x4(bf16_low(left) * inv, bf16_high(left) * inv, bf16_low(right) * inv, bf16_high(right) * inv);
     }
+    const int lane = threadIdx.x % 32;
+    store_matrix_x4(panel + swizzle(lane % 16, c + lane / 16), q[0], q[1], q[2], q[3]);
+}
+
+// 16 bytes where `valid`. No branch, so that the arithmetic around it can be scheduled across.
+DEVICE void store_16_if(void* address, uint4 v, bool valid) {
+    asm volatile(
+        "{\n.reg .pred valid;\nsetp.ne.s32 valid, %5, 0;\n"
+        "@valid st.global.v4.u32 [%0], {%1, %2, %3, %4};\n}" ::"l"(address),
+        "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"((int)valid)
+        : "memory");
 }
 
 // A panel to 16 rows of global memory, `pitch` bytes apart, of which the first `rows` exist.
@@ -73,7 +79,7 @@ DEVICE void copy_panel(const char* panel, u8* out, int pitch, int rows) {
         // Word i: columns 2 i, 2 i + 1, 8 + 2 i and 9 + 2 i of the chunk.
         const uint4 ordered = make_uint4(__byte_perm(v.x, v.y, 0x5410), __byte_perm(v.z, v.w, 0x5410),
                                          __byte_perm(v.x, v.y, 0x7632), __byte_perm(v.z, v.w, 0x7632));
-        if (r < rows) *reinterpret_cast<uint4*>(out + (i64)r * pitch + chunk * 16) = ordered;
+        store_16_if(out + (i64)r * pitch + chunk * 16, ordered, r < rows);
     }
 }
 
@@ -115,12 +121,23 @@ DEVICE void store(const float (&sum)[HALVES][REGISTERS], char* staging, const Te
     BlockScale gate[2], up[2], act[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        gate[r] = block_scale<POW2>(maxima[r] << 16);
-        up[r] = block_scale<POW2>(maxima[r] & 0xFFFF0000u);
+        gate[r] = block_scale<kPow2>(maxima[r] << 16);
+        up[r] = block_scale<kPow2>(maxima[r] & 0xFFFF0000u);
     }
+    // Casts and exponentials use different units, so they are mixed. The routing weight, whose load began above, comes
+    // in afterwards.
     const u32 panels = smem_address(staging);
-    write_panel(panels, g, gate[0], gate[1]);
-    write_panel(panels + PANEL_BYTES, u, up[0], up[1]);
+    float a[64];
+#pragma unroll
+    for (int c = 0; c < 8; c += 2) {
+        write_chunks(panels, g, c, gate);
+        write_chunks(panels + PANEL_BYTES, u, c, up);
+#pragma unroll
+        for (int i = 4 * c; i < 4 * c + 8; ++i) {
+            a[2 * i] = swiglu(bf16_low(g[i]), bf16_low(u[i]));
+            a[2 * i + 1] = swiglu(bf16_high(g[i]), bf16_high(u[i]));
+        }
+    }
     __syncwarp();
     u8* h = d.h + first_row * p.n + t.column;
     copy_panel(staging, h, p.n, rows);
@@ -130,13 +147,14 @@ DEVICE void store(const float (&sum)[HALVES][REGISTERS], char* staging, const Te
     for (int r = 0; r < 2; ++r) {
         const float weight_of_row = __shfl_sync(kFullWarp, weight, lane / 4 + 8 * r);
 #pragma unroll
-        for (int i = r; i < 32; i += 2) g[i] = weighted_swiglu(weight_of_row, g[i], u[i]);
+        for (int i = r; i < 32; i += 2) g[i] = pack_bf16(weight_of_row * a[2 * i], weight_of_row * a[2 * i + 1]);
     }
     const u32 act_maxima = reduce_quad_max(amax_of_row(g, 0) | amax_of_row(g, 1) << 16);
-    act[0] = block_scale<POW2>(act_maxima << 16);
-    act[1] = block_scale<POW2>(act_maxima & 0xFFFF0000u);
+    act[0] = block_scale<kPow2>(act_maxima << 16);
+    act[1] = block_scale<kPow2>(act_maxima & 0xFFFF0000u);
     __syncwarp();
-    write_panel(panels, g, act[0], act[1]);
+#pragma unroll
+    for (int c = 0; c < 8; c += 2) write_chunks(panels, g, c, act);
     __syncwarp();
     copy_panel(staging, d.act + first_row * half_n + t.column, half_n, rows);
     __syncwarp();  // the next tile writes here

@@ -60,7 +60,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3)
   for (int i = 0; i < 4; ++i) {
     float p = weight_of_row(weights, i);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) aw[i][j] = weighted_swiglu(p, word_of(g[i], j), word_of(u[i], j));
+    for (int j = 0; j < 4; ++j) {
+      u32 gj = word_of(g[i], j), uj = word_of(u[i], j);
+      aw[i][j] = pack_bf16(p * swiglu(bf16_low(gj), bf16_low(uj)),
+                           p * swiglu(bf16_high(gj), bf16_high(uj)));
+    }
   }
   u32 max01 = amax_bf16x8(aw[0]) | amax_bf16x8(aw[1]) << 16;
   u32 max23 = amax_bf16x8(aw[2]) | amax_bf16x8(aw[3]) << 16;

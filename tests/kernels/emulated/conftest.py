@@ -74,9 +74,22 @@ PTX = {
     "st.global.cs.f32 [%0], %1;": "emulator::write<float>(%0, %1)",
     "cp.async.cg.shared.global [%0], [%1], 16, %2;": "emulator::copy_async<uint4>(%0, %1, %2)",
     "cp.async.ca.shared.global [%0], [%1], 8, %2;": "emulator::copy_async<uint2>(%0, %1, %2)",
+    "{ .reg .pred valid; setp.ne.s32 valid, %5, 0; "
+    "@valid st.global.v4.u32 [%0], {%1, %2, %3, %4}; }": (
+        "if (%5) emulator::write(%0, make_uint4(%1, %2, %3, %4))"
+    ),
+    "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};": (
+        "emulator::store_matrix(%0, {%1, %2, %3, %4})"
+    ),
     "cp.async.commit_group;": "",
     "cp.async.wait_group %0;": "",
 }
+
+# The asynchronous half of the GEMM, which an epilogue includes but does not run: running it fails.
+ASYNCHRONOUS = re.compile(
+    r"mbarrier|prefetch\.tensormap|cp\.async\.(bulk|mbarrier)|cp\.async\.ca\.shared\.global.* 4, %2"
+    r"|fence\.proxy|wgmma|setmaxnreg|red\.relaxed"
+)
 
 _ASM = re.compile(r"\basm\s*(?:volatile)?\s*\(")
 _ENTRY = re.compile(
@@ -119,6 +132,8 @@ def _meaning(asm: str) -> str:
     template, *operands = _split(asm, ":")
     strings = "".join(_STRING.findall(template)).replace("\\n", " ")
     ptx = " ".join(strings.split())
+    if ASYNCHRONOUS.search(ptx):
+        return 'emulator::fail("asynchronous instruction", nullptr, 0)'
     if ptx not in PTX:
         raise NotImplementedError(f"{Path(__file__).name}: PTX has no meaning for {ptx!r}")
     values = [

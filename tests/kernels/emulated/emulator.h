@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -280,6 +281,17 @@ inline uint4 read_if(const void* address, int wanted) {
 // Shared addresses have 32 bits: all of them lie within 2 GiB of this array.
 inline unsigned shared_address(const void* p) {
   return (unsigned)((intptr_t)p - (intptr_t)dynamic_shared);
+}
+// Four 8 x 8 matrices of 16-bit values: lane 8 i + r has the address of row r of matrix i, and each
+// lane two neighbouring values of row lane / 4 of all four.
+inline void store_matrix(unsigned address, const std::array<unsigned, 4>& values) {
+  const uint64_t* rows = exchange(address);
+  int lane = current % 32;
+  for (int i = 0; i < 4; ++i) {
+    unsigned row = (unsigned)rows[8 * i + lane / 4];
+    if (row % 16) fail("misaligned row of a matrix", nullptr, row);
+    write((char*)dynamic_shared + (int)row + lane % 4 * 4, values[i]);
+  }
 }
 template <class T> void copy_async(unsigned shared, const void* global, int bytes) {
   T value = bytes ? read<T>(global) : T{};
