@@ -1,7 +1,7 @@
 """The SwiGLU epilogue of the GEMM on the CPU: the scheduler's tiles, the store, nothing in between.
 
-The accumulators come from memory, in the layout that wgmma leaves them in. The bits are compared with
-those of swiglu.cuh, run here too on the same values rounded to BF16.
+The accumulators come from memory, in the layout that wgmma leaves them in. The bits are compared
+with those of swiglu.cuh, run here too on the same values rounded to BF16.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(256) epilogue(
 
 
 class Case:
-    """Rows of h in FP32 by group, a routing map with padding, and what both kernels make of them."""
+    """Rows of h in FP32 by group, a routing map with padding; what both kernels make of them."""
 
     def __init__(self, sizes: list[int], width: int, slack: int = 0) -> None:
         self.width, self.used = width, sum(sizes)
