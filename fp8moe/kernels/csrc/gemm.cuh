@@ -12,7 +12,7 @@
 // already on their way while the consumers store this one. README.md one folder up draws it.
 //
 // Constants rendered before this file: GROUPING, SCALE_B_BLOCK, OUTPUT, BLOCK_M (64 | 128 | 192), BLOCK_N, STAGES,
-// ASYNC_STORE. Shapes are arguments, so some dozens of compiled kernels serve every model.
+// ASYNC_STORE, for OUTPUT_SWIGLU also POW2. Shapes are arguments, so some dozens of compiled kernels serve every model.
 #include "ptx.cuh"
 #include "scheduler.cuh"
 #include "promote.cuh"
@@ -49,8 +49,8 @@ static_assert(HALVES * WGMMA_N == GROUP_N, "whole wgmma tiles");
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
      const __grid_constant__ TensorMap map_d, const float* __restrict__ scale_a, const float* __restrict__ scale_b,
-     const Destination d, const int* __restrict__ groups, int* status, int m, int n, int k, int num_groups, int band, int a_rows,
-     int b_rows, int scale_a_stride, int scale_b_stride) {
+     const Destination d, const int* __restrict__ groups, int* status, int m, int n, int k, int num_groups, int band,
+     int a_rows, int b_rows, int scale_a_stride, int scale_b_stride) {
     extern __shared__ __align__(1024) char smem[];
     const u32 base = smem_address(smem);
     int* table = reinterpret_cast<int*>(smem + TABLE_AT);
