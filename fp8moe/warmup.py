@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fp8moe.kernels import cast, cast_permute, gemm, gemm_swiglu, heuristics, permute, swiglu
-from fp8moe.kernels.fp8tensor import padded_capacity
+from fp8moe.kernels.fp8tensor import BLOCK, padded_capacity
 from fp8moe.kernels.heuristics import Grouping, Output, Problem
 from fp8moe.kernels.jit import KernelSpec
 from fp8moe.shapes import LayerShape
@@ -42,8 +42,7 @@ def layer_specs(
     """The kernels that layers of ``shape`` use on a GPU with ``num_sms`` multiprocessors.
 
     Kernels take their sizes at run time, so this is a part of ``all_specs``: the tiles that the
-    heuristics choose for these sizes, and all casts, permutations and activations, the one in a
-    GEMM included.
+    heuristics choose for these sizes, and all casts, permutations and activations.
 
     Args:
         shape: the expert layer.
@@ -56,6 +55,9 @@ def layer_specs(
             tile, _ = heuristics.choose(problem, num_sms)
             spec = gemm.spec(problem.grouping, problem.output, tile, problem.groups)
             specs[spec] = None
-    for module in (gemm_swiglu, cast, cast_permute, permute, swiglu):
+    if shape.hidden % BLOCK == 0 and shape.intermediate % BLOCK == 0:  # the fused path
+        for pow2 in (False, True):
+            specs[gemm_swiglu.spec(pow2, shape.experts)] = None
+    for module in (cast, cast_permute, permute, swiglu):
         specs.update(dict.fromkeys(module.kernel_specs()))
     return list(specs)

@@ -21,7 +21,8 @@ TILE = Tile(128, 256)
 _OUTPUT_SWIGLU = 3  # as in csrc/scheduler.cuh
 
 
-def _spec(pow2: bool, groups: int) -> jit.KernelSpec:
+def spec(pow2: bool, groups: int) -> jit.KernelSpec:
+    """The compiled configuration for this many groups."""
     return jit.KernelSpec(
         "gemm.cuh",
         "gemm",
@@ -41,12 +42,12 @@ def _spec(pow2: bool, groups: int) -> jit.KernelSpec:
 
 def kernel_specs() -> list[jit.KernelSpec]:
     """Every kernel configuration that this module can launch."""
-    return [_spec(pow2, n) for pow2 in (False, True) for n in (1, heuristics.MAX_GROUPS)]
+    return [spec(pow2, n) for pow2 in (False, True) for n in (1, heuristics.MAX_GROUPS)]
 
 
 @functools.cache
 def _kernel(pow2: bool, groups: int) -> launch.Kernel:
-    return jit.load(_spec(pow2, groups))
+    return jit.load(spec(pow2, groups))
 
 
 @functools.lru_cache(maxsize=4096)
