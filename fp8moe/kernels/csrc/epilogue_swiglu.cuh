@@ -124,8 +124,8 @@ DEVICE void store(const float (&sum)[HALVES][REGISTERS], char* staging, const Te
         gate[r] = block_scale<kPow2>(maxima[r] << 16);
         up[r] = block_scale<kPow2>(maxima[r] & 0xFFFF0000u);
     }
-    // Casts and exponentials use different units, so they are mixed. The routing weight, whose load began above, comes
-    // in afterwards.
+    // Casts and exponentials use different units: the compiler may mix them. The routing weight, whose load began above,
+    // comes in afterwards.
     const u32 panels = smem_address(staging);
     float a[64];
 #pragma unroll
