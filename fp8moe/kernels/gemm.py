@@ -77,12 +77,12 @@ def sparing_sms(count: int) -> Iterator[None]:
         _spared = before
 
 
-def _block_stride(scale: torch.Tensor) -> int:
+def block_stride(scale: torch.Tensor) -> int:
     """Floats from one k-block of an MN-major scale to the next."""
     return scale.stride(-1) if scale.shape[-1] > 1 else 0
 
 
-def _operand_map(t: torch.Tensor, box_rows: int) -> tma.TensorMap:
+def operand_map(t: torch.Tensor, box_rows: int) -> tma.TensorMap:
     """Blocks of box_rows x 128 of an FP8 operand, all its groups as one matrix."""
     k = t.shape[-1]
     return tma.tensor_map(
@@ -144,8 +144,8 @@ def _launch(
     sms = max(1, num_sms(out.get_device()) - _spared)
     plan = _plan(p, sms, config) if config else _chosen_plan(p, sms)
     k_total = a.shape[-1]
-    map_a = _operand_map(a, plan.tile.block_m)
-    map_b = _operand_map(b, plan.tile.block_n)
+    map_a = operand_map(a, plan.tile.block_m)
+    map_b = operand_map(b, plan.tile.block_n)
     # The epilogue's TMA stores; without them the kernel does not look at it.
     map_d = (
         tma.tensor_map(
@@ -180,8 +180,8 @@ def _launch(
             plan.band,
             a.numel() // k_total,
             b.numel() // k_total,
-            _block_stride(a_scale),
-            _block_stride(b_scale) if p.grouping == Grouping.K_GROUPED else b_scale.shape[-1],
+            block_stride(a_scale),
+            block_stride(b_scale) if p.grouping == Grouping.K_GROUPED else b_scale.shape[-1],
         ],
         smem=plan.smem,
     )

@@ -9,7 +9,7 @@
 #pragma once
 #include "scheduler.cuh"
 
-enum { OUTPUT_BF16 = 0, OUTPUT_F32 = 1, OUTPUT_ADD = 2 };
+typedef void* Destination;
 
 constexpr int ELEMENT = OUTPUT == OUTPUT_BF16 ? 2 : 4;  // bytes
 constexpr int PANEL_COLUMNS = 128 / ELEMENT;

@@ -12,11 +12,15 @@
 // while the consumers store this one. README.md one folder up draws it.
 //
 // Constants rendered before this file: GROUPING, SCALE_B_BLOCK, OUTPUT, BLOCK_M (64 | 128 | 192), BLOCK_N, STAGES,
-// ASYNC_STORE. Shapes are arguments, so some dozens of compiled kernels serve every model.
+// ASYNC_STORE, for OUTPUT_SWIGLU also POW2. Shapes are arguments, so some dozens of compiled kernels serve every model.
 #include "ptx.cuh"
 #include "scheduler.cuh"
 #include "promote.cuh"
+#if OUTPUT == 3  // OUTPUT_SWIGLU
+#include "epilogue_swiglu.cuh"
+#else
 #include "epilogue.cuh"
+#endif
 
 constexpr int BLOCK_K = 128;  // bytes of a swizzled row, and the extent of a scale
 // Consumer warpgroups take 64 rows of the tile each; two share the columns of a tile that has only 64 rows.
@@ -45,8 +49,8 @@ static_assert(HALVES * WGMMA_N == GROUP_N, "whole wgmma tiles");
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
      const __grid_constant__ TensorMap map_d, const float* __restrict__ scale_a, const float* __restrict__ scale_b,
-     void* d, const int* __restrict__ groups, int* status, int m, int n, int k, int num_groups, int band, int a_rows,
-     int b_rows, int scale_a_stride, int scale_b_stride) {
+     const Destination d, const int* __restrict__ groups, int* status, int m, int n, int k, int num_groups, int band,
+     int a_rows, int b_rows, int scale_a_stride, int scale_b_stride) {
     extern __shared__ __align__(1024) char smem[];
     const u32 base = smem_address(smem);
     int* table = reinterpret_cast<int*>(smem + TABLE_AT);
@@ -88,6 +92,8 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     const u32 a = base + stage * STAGE_BYTES;
                     tma_load(a, &map_a, kb * BLOCK_K, t.a_row, full(stage));
                     tma_load(a + A_BYTES, &map_b, kb * BLOCK_K, t.b_row, full(stage));
+                    if (OUTPUT == OUTPUT_SWIGLU)  // boxes of half the rows: the gate's, then up's
+                        tma_load(a + A_BYTES + B_BYTES / 2, &map_b, kb * BLOCK_K, t.b_row + n / 2, full(stage));
                 }
             }
         } else if (warp == SCALE_WARP) {
@@ -97,7 +103,8 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                 const bool wide = wide_scales(scale_a, scale_a_stride, a_rows, t.a_row) &&
                                   (SCALE_B_BLOCK || wide_scales(scale_b, scale_b_stride, b_rows, t.b_row));
                 // Columns past N exist in the tile but not in D: any scale of the group will do.
-                const int block = min(t.column / 128 + lane, n_blocks - 1) + scheduler.group * n_blocks;
+                const int next = OUTPUT == OUTPUT_SWIGLU ? lane * (n_blocks / 2) : lane;
+                const int block = min(t.column / 128 + next, n_blocks - 1) + scheduler.group * n_blocks;
                 const float* source_a = scale_a + (i64)t.k_block * scale_a_stride + t.a_row;
                 const float* source_b = SCALE_B_BLOCK ? scale_b + (i64)block * scale_b_stride + t.k_block
                                                       : scale_b + (i64)t.k_block * scale_b_stride + t.b_row;

@@ -1,10 +1,7 @@
 // One small wrapper per PTX instruction that the GEMM uses, each naming its section of the PTX ISA.
 // Header-free on purpose: a cold NVRTC compile then takes a fraction of a second.
 #pragma once
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
+#include "numerics.cuh"
 
 // Same size and alignment as CUtensorMap (CUDA 13 declares 128 bytes).
 struct alignas(128) TensorMap { u64 opaque[16]; };
@@ -160,11 +157,6 @@ DEVICE void release_registers() {
 }
 
 // ---- epilogue -------------------------------------------------------------------------------------------------------
-DEVICE u32 pack_bf16(float low, float high) {  // 9.7.9.22 cvt
-    u32 r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    return r;
-}
 DEVICE void store_matrix_x4(u32 dst, u32 r0, u32 r1, u32 r2, u32 r3) {  // 9.7.14.5.16 stmatrix
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(dst), "r"(r0), "r"(r1),
                  "r"(r2), "r"(r3)
