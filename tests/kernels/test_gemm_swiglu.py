@@ -159,7 +159,7 @@ def test_no_rows(device: torch.device, pow2: bool) -> None:
 
 def test_shared_memory_and_panels_are_those_of_the_bf16_output() -> None:
     """The stages are counted for two panels of staging a warp, which the epilogue has too."""
-    assert gemm_swiglu.TILE.async_store(True)
+    assert gemm_swiglu.TILE.async_store
     stages = [dict(s.constants)["STAGES"] for s in gemm_swiglu.kernel_specs()]
     assert sorted(stages) == [3, 3, 4, 4]
     source = (jit.CSRC / "epilogue_swiglu.cuh").read_text()
