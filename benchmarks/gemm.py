@@ -7,10 +7,10 @@
 
 Each shape is checked against an FP32 product of the dequantized operands before it is timed. Peers:
 ``torch._scaled_mm`` tensorwise (dense), ``torch._scaled_grouped_mm`` rowwise (m_grouped), torch's
-BF16 ``_grouped_mm`` (wgrad). ``ratio`` is peer time / our time: above 1 we are faster. ``us`` is
-kernel time after a flush of L2; ``host us`` what a launch costs the host, descriptors included. The
-family ``unaligned`` has the groups of ``m_grouped`` with every inner end moved off the multiples of
-128.
+BF16 ``_grouped_mm`` (wgrad; ours writes FP32 there, BF16 as the peer in ``fine_wgrad``). ``ratio``
+is peer time / our time: above 1 we are faster. ``us`` is kernel time after a flush of L2; ``host
+us`` what a launch costs the host, descriptors included. The family ``unaligned`` has the groups of
+``m_grouped`` with every inner end moved off the multiples of 128.
 """
 
 from __future__ import annotations
@@ -208,7 +208,9 @@ def _wgrad(s: Shape, output: heuristics.Output = heuristics.Output.F32) -> Case:
 
 def prepare(s: Shape) -> Case:
     """Random operands, poisoned output, peers and check of one shape."""
-    return _wgrad(s) if s.family in ("k_grouped", "wgrad", "fine_wgrad") else _forward(s)
+    if s.family == "fine_wgrad":
+        return _wgrad(s, heuristics.Output.BF16)
+    return _wgrad(s) if s.family in ("k_grouped", "wgrad") else _forward(s)
 
 
 def configurations(p: heuristics.Problem, sms: int) -> Iterator[tuple[heuristics.Tile, int]]:

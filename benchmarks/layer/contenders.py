@@ -23,10 +23,18 @@ def _swiglu(h: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+def _weighted_sum(y: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    return (y * probs.to(y.dtype).unsqueeze(-1)).sum(dim=1)
+
+
 @functools.cache
-def fused_swiglu(device_type: str) -> Callable[[torch.Tensor], torch.Tensor]:
+def fused(fn: Callable[..., torch.Tensor], device_type: str) -> Callable[..., torch.Tensor]:
     # One fused kernel each way on the GPU, as any tuned BF16 layer has.
-    return torch.compile(_swiglu, dynamic=False) if device_type == "cuda" else _swiglu
+    return torch.compile(fn, dynamic=False) if device_type == "cuda" else fn
+
+
+def fused_swiglu(device_type: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    return fused(_swiglu, device_type)
 
 
 class ToRows(torch.autograd.Function):
@@ -74,7 +82,7 @@ def torch_bf16(
     a = fused_swiglu(x.device.type)(h)
     y = F.grouped_mm(a, w2.transpose(1, 2), offs=ends)
     y = ToSlots.apply(y, order, row_of_slot).view(*ids.shape, -1)
-    return (y * probs.to(y.dtype).unsqueeze(-1)).sum(dim=1)
+    return fused(_weighted_sum, x.device.type)(y, probs)
 
 
 def _fp8moe(config: fp8moe.FP8Config) -> Layer:

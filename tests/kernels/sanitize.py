@@ -1,0 +1,96 @@
+"""Every kernel once on small odd shapes, for compute-sanitizer, which slows kernels a hundredfold.
+
+    compute-sanitizer --tool memcheck --error-exitcode 9 python tests/kernels/sanitize.py
+    compute-sanitizer --tool racecheck --error-exitcode 9 python tests/kernels/sanitize.py
+
+Results are checked elsewhere; here the tool looks at the accesses.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import fp8moe
+from fp8moe import quant
+from fp8moe.kernels import gemm, heuristics
+from fp8moe.kernels.fp8tensor import FP8Tensor, padded_capacity
+from fp8moe.kernels.heuristics import Grouping, Output, Problem
+
+SIZES = [70, 0, 1, 130]  # rows of the groups
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def forward_gemms(n: int = 264, k: int = 400) -> int:
+    """Dense, grouped and masked with every tile; the number of launches."""
+    groups, m = len(SIZES), sum(SIZES)
+    a = quant.per_token(_random(m, k), pow2=True)
+    b = quant.per_block(_random(groups, n, k), pow2=True)
+    sizes = torch.tensor(SIZES, device="cuda", dtype=torch.int32)
+    ends = sizes.cumsum(0).int()
+    each = max(SIZES)
+    masked = quant.per_token(_random(groups * each, k), pow2=True)
+    masked_a, masked_scale = (
+        masked.data.view(groups, each, k),
+        masked.scale.unflatten(0, (groups, each)),
+    )
+    launches = 0
+    for tile in heuristics.candidates(Grouping.M_GROUPED):
+        out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
+        p = Problem(Grouping.DENSE, Output.BF16, m, n, k)
+        gemm._launch(p, *a, b.data[0], b.scale[0], None, out, (tile, 2))
+        p = Problem(Grouping.M_GROUPED, Output.BF16, m, n, k, groups)
+        gemm._launch(p, *a, *b, ends, out, (tile, 2))
+        p = Problem(Grouping.MASKED, Output.BF16, each, n, k, groups)
+        out = torch.empty(groups, each, n, device="cuda", dtype=torch.bfloat16)
+        gemm._launch(p, masked_a, masked_scale, *b, sizes, out, (tile, 2))
+        launches += 3
+    return launches
+
+
+def weight_gradients(n: int = 136, k: int = 264) -> int:
+    """Every tile and output; the number of launches."""
+    ends = torch.tensor(SIZES, device="cuda").cumsum(0).int()
+    a, b = (quant.per_channel(_random(sum(SIZES), w), ends, pow2=True) for w in (n, k))
+    rows = padded_capacity(sum(SIZES), len(SIZES))
+    launches = 0
+    for tile in heuristics.candidates(Grouping.K_GROUPED):
+        for output in Output:
+            dtype = torch.bfloat16 if output == Output.BF16 else torch.float32
+            out = torch.zeros(len(SIZES), n, k, device="cuda", dtype=dtype)
+            p = Problem(Grouping.K_GROUPED, output, n, k, rows, len(SIZES))
+            gemm._launch(p, *a, *b, ends, out, (tile, 2))
+            launches += 1
+    return launches
+
+
+def layers() -> None:
+    """Forward and backward with each way of saving, both scales, one and ten experts a token."""
+    for save in ("fp8", "bf16", "recompute"):
+        for pow2, topk, experts in ((True, 2, 4), (False, 10, 12)):
+            x = _random(77, 256).requires_grad_()
+            ids = torch.randint(experts, (77, topk), device="cuda", dtype=torch.int32)
+            p = torch.rand(77, topk, device="cuda").requires_grad_()
+            w13 = _random(experts, 256, 256).requires_grad_()
+            w2 = _random(experts, 256, 128).requires_grad_()
+            config = fp8moe.FP8Config(save=save, pow2_scales=pow2, pow2_weight_scales=pow2)
+            y = fp8moe.swiglu_experts(x, ids, p, w13, w2, config=config)
+            y.backward(torch.randn_like(y))
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    launches = forward_gemms() + weight_gradients()
+    layers()
+    x = quant.per_token(_random(33, 136), pow2=False)
+    w = quant.per_block(_random(136, 136), pow2=False)
+    fp8moe.gemm_nt(FP8Tensor(*x), FP8Tensor(*w))
+    torch.cuda.synchronize()
+    fp8moe.check_errors()
+    print(f"{launches} GEMMs and 6 layers ran")
+
+
+if __name__ == "__main__":
+    main()
