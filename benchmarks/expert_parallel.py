@@ -10,17 +10,21 @@ size and, with uniform routing, its experts get about the same number of rows: w
 ``efficiency`` = time at ep = 1 / time at ep. Times are medians of the slowest rank, of forward and
 backward of a layer whose routing is given and whose FP8 weights are cached. Columns:
 
+    spared SMs    that the weight gradients leave to NCCL while dx travels
     fp8 MB        what a rank sends to others in the two dispatches (x and dy)
     bf16 MB       what that would be in BF16
     combine MB    what it sends in the two combines (y and dx), in BF16
     fp8 ms        the dispatch of x alone, with the copies into its messages
     bf16 ms       the same with x in BF16
+    combine ms    the combine of y alone, with the copies and the sum over k
+    wire GB/s     what a rank sends to others in one large all-to-all without any copies
     comm ms       all messages of forward and backward with nothing else running
     comm share    comm ms / ms: the share if nothing were hidden
     hidden        1 - (ms - ms at ep = 1) / comm ms: the part of communication that costs no time
     shared ms     a shared expert alone, forward and backward
     overlap       the part of it that costs no time in a layer whose shared expert's forward runs
                   while the tokens travel
+    GiB           most memory that was allocated on a GPU
 
 NVLink multicast is left off (NCCL_NVLS_ENABLE=0).
 """
@@ -28,18 +32,23 @@ NVLink multicast is left off (NCCL_NVLS_ENABLE=0).
 from __future__ import annotations
 
 import argparse
+import datetime
 import functools
+import itertools
 import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.profiler import profile
 
 import fp8moe
 from benchmarks import harness
+from fp8moe.functional import expert_parallel
 from fp8moe.functional.exchange import Exchange, FP8Message
 from fp8moe.functional.expert_parallel import Dispatched
 from fp8moe.modules import Experts, SharedExperts
@@ -71,9 +80,14 @@ TINY = {
 }
 
 COLUMNS = [
-    "shape", "ep", "combine", "ms", "efficiency", "fp8 MB", "bf16 MB", "combine MB", "fp8 ms",
-    "bf16 ms", "comm ms", "comm share", "hidden", "shared ms", "overlap",
+    "shape", "ep", "combine", "spared SMs", "ms", "efficiency", "fp8 MB", "bf16 MB", "combine MB",
+    "fp8 ms", "bf16 ms", "combine ms", "wire GB/s", "comm ms", "comm share", "hidden", "shared ms",
+    "overlap", "GiB",
 ]  # fmt: skip
+
+WIRE_BYTES = 256 << 20
+TIMEOUT = datetime.timedelta(seconds=60)
+"""A rank that fails leaves the others waiting: not longer than this."""
 
 
 class Clock:
@@ -156,6 +170,8 @@ class Layer:
             rows = len(exchange.permutation.slot_of_row)
             self.y_rows = torch.zeros(rows, h, dtype=torch.bfloat16, device=self.x.device)
             self.dp = torch.zeros(sum(exchange.rows.of), k, device=self.x.device)
+            size = WIRE_BYTES if self.x.is_cuda else WIRE_BYTES >> 12
+            self.wire = torch.zeros(2, size, dtype=torch.uint8, device=self.x.device)
 
     def step(self) -> None:
         y = self.experts(self.x, self.ids, self.weights)
@@ -184,15 +200,21 @@ class Layer:
         data.wait()
         side.wait()
 
+    def combine_bf16(self) -> None:
+        self._need().return_rows(self.y_rows).wait()
+
+    def all_to_all(self) -> None:
+        dist.all_to_all_single(*self.wire, group=self._need().group)
+
     def communication(self) -> None:
         """Every message of forward and backward, the sizes' included, one after the other."""
         exchange = self._need()
         Exchange.plan(self.ids, self.experts.num_experts, exchange.group, exchange.combine)
         self.dispatch_fp8()
-        exchange.return_rows(self.y_rows).wait()
+        self.combine_bf16()
         FP8Message.start(exchange, self.x8).wait()
         exchange.return_slots(self.dp).wait()
-        exchange.return_rows(self.y_rows).wait()
+        self.combine_bf16()
 
 
 def wire_bytes(exchange: Exchange, shape: Shape) -> dict[str, float]:
@@ -210,9 +232,20 @@ def wire_bytes(exchange: Exchange, shape: Shape) -> dict[str, float]:
 
 
 def measure(
-    label: str, shape: Shape, ep: int, combine: str, clock: Clock, alone_ms: float | None
+    label: str,
+    shape: Shape,
+    ep: int,
+    combine: str,
+    clock: Clock,
+    alone_ms: float | None,
+    trace: str | None = None,
 ) -> dict[str, object]:
-    """One row of the table. alone_ms: `ms` at ep = 1, None if this is it."""
+    """One row of the table.
+
+    Args:
+        alone_ms: `ms` at ep = 1, None if this is it.
+        trace: folder for rank 0's timeline of a step with the shared expert.
+    """
     layer = Layer(shape, ep, combine, clock.device)
     timed = {
         "layer": layer.step,
@@ -223,6 +256,8 @@ def measure(
         timed |= {
             "fp8": layer.dispatch_fp8,
             "bf16": layer.dispatch_bf16,
+            "combine": layer.combine_bf16,
+            "wire": layer.all_to_all,
             "comm": layer.communication,
         }
     ms = clock.ms(timed)
@@ -230,16 +265,39 @@ def measure(
         "shape": label, "ep": ep, "combine": combine if ep > 1 else "", "ms": ms["layer"],
         "shared ms": ms["shared"],
         "overlap": (ms["layer"] + ms["shared"] - ms["both"]) / ms["shared"],
+        "with shared ms": ms["both"],
+        "sizes": {**shape._asdict(), "experts": layer.experts.num_experts},
     }  # fmt: skip
+    if ep > 1:
+        row["spared SMs"] = expert_parallel.SPARED_SMS
+    if trace is not None:
+        name = "-".join(
+            str(row[key]) for key in ("shape", "ep", "combine", "spared SMs") if key in row
+        )
+        write_timeline(Path(trace) / f"{name}.json.gz", layer.step_with_shared)
+    if clock.device.type == "cuda":
+        row["GiB"] = torch.cuda.max_memory_allocated() / 2**30
     if alone_ms is not None:
         row["efficiency"] = alone_ms / ms["layer"]
     if layer.exchange is not None:
         row |= wire_bytes(layer.exchange, shape)
-        row |= {"fp8 ms": ms["fp8"], "bf16 ms": ms["bf16"], "comm ms": ms["comm"]}
+        row |= {f"{name} ms": ms[name] for name in ("fp8", "bf16", "combine", "comm")}
+        row["wire GB/s"] = layer.wire[0].numel() * (ep - 1) / ep / ms["wire"] / 1e6
         row["comm share"] = ms["comm"] / ms["layer"]
         if alone_ms is not None:
             row["hidden"] = 1 - (ms["layer"] - alone_ms) / ms["comm"]
     return row
+
+
+def write_timeline(path: Path, step: Callable[[], None]) -> None:
+    """A trace of a step on rank 0, for chrome://tracing or Perfetto; the first one warms up."""
+    for _ in range(2):
+        with profile() as profiler:
+            step()
+            dist.barrier()
+    if dist.get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
 
 
 def ep_sizes(world: int, wanted: list[int] | None) -> list[int]:
@@ -262,6 +320,15 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--combine", nargs="+", choices=["rows", "sums"], default=["rows", "sums"])
     top.add_argument("--iterations", type=int, default=20)
     top.add_argument("--tiny", action="store_true", help="small sizes: shows that it runs, no more")
+    top.add_argument(
+        "--spare-sms",
+        nargs="+",
+        type=int,
+        default=[expert_parallel.SPARED_SMS],
+        metavar="N",
+        help="SMs that the weight gradients leave to NCCL while dx travels; several are compared",
+    )
+    top.add_argument("--trace", metavar="FOLDER", help="write a timeline of one step of each row")
     top.add_argument("--json", metavar="FILE", help="append one JSON object per row")
     return top
 
@@ -275,7 +342,9 @@ def main() -> None:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=device, timeout=TIMEOUT)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     world = dist.get_world_size()
     clock = Clock(device, args.iterations)
     for label in args.shapes:
@@ -283,14 +352,17 @@ def main() -> None:
         rows: list[dict[str, object]] = []
         alone_ms: float | None = None
         for ep in ep_sizes(world, args.ep):
-            for combine in args.combine if ep > 1 else args.combine[:1]:
-                row = measure(label, shape, ep, combine, clock, alone_ms)
+            variants = list(itertools.product(args.combine, args.spare_sms))
+            for combine, spared in variants if ep > 1 else variants[:1]:
+                expert_parallel.SPARED_SMS = spared
+                row = measure(label, shape, ep, combine, clock, alone_ms, args.trace)
                 rows.append({**row, "world": world})
                 if ep == 1:
                     alone_ms = float(str(row["ms"]))
                 fp8moe.clear_weight_cache()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
         if dist.get_rank() == 0:
             print(harness.table(rows, COLUMNS), end="\n\n", flush=True)
             harness.append_json(args.json, rows)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fp8moe.kernels import cast, cast_permute, gemm, heuristics, permute, swiglu
-from fp8moe.kernels.fp8tensor import padded_capacity
+from fp8moe.kernels import cast, cast_permute, gemm, gemm_swiglu, heuristics, permute, swiglu
+from fp8moe.kernels.fp8tensor import BLOCK, padded_capacity
 from fp8moe.kernels.heuristics import Grouping, Output, Problem
 from fp8moe.kernels.jit import KernelSpec
 from fp8moe.shapes import LayerShape
@@ -32,7 +32,7 @@ def layer_problems(shape: LayerShape, tokens: int) -> set[Problem]:
 
 def all_specs() -> list[KernelSpec]:
     """Every kernel configuration that is shipped."""
-    modules = (gemm, cast, cast_permute, permute, swiglu)
+    modules = (gemm, gemm_swiglu, cast, cast_permute, permute, swiglu)
     return [spec for module in modules for spec in module.kernel_specs()]
 
 
@@ -55,6 +55,9 @@ def layer_specs(
             tile, _ = heuristics.choose(problem, num_sms)
             spec = gemm.spec(problem.grouping, problem.output, tile, problem.groups)
             specs[spec] = None
+    if shape.hidden % BLOCK == 0 and shape.intermediate % BLOCK == 0:  # the fused path
+        for pow2 in (False, True):
+            specs[gemm_swiglu.spec(pow2, shape.experts)] = None
     for module in (cast, cast_permute, permute, swiglu):
         specs.update(dict.fromkeys(module.kernel_specs()))
     return list(specs)

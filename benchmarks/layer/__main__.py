@@ -11,12 +11,12 @@ import torch
 
 import fp8moe
 from benchmarks import harness
-from benchmarks.layer import host, parts, peers, plot
+from benchmarks.layer import fusion, host, parts, peers, plot
 from benchmarks.layer.contenders import CONTENDERS, Layer, step
 from benchmarks.layer.workload import Shape, make_inputs, parse_shape
 from benchmarks.memory import SHAPES
 
-PARTS = ("time", "kernels", "weights", "skew", "small", "host")
+PARTS = ("time", "kernels", "weights", "fusion", "skew", "small", "host")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -69,6 +69,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         "time": lambda s: parts.time_part(s, layers, effort, device),
         "kernels": lambda s: parts.kernels_part(s, layers, effort, device),
         "weights": lambda s: parts.weights_part(s, effort, device),
+        "fusion": lambda s: fusion.fusion_part(s, effort, device),
         "skew": lambda s: parts.skew_part(s, layers, effort, device),
         "small": lambda s: parts.small_part(s, layers, effort, device),
         "host": lambda s: parts.host_part(s, layers, effort, device),

@@ -29,6 +29,35 @@ def fused_swiglu(device_type: str) -> Callable[[torch.Tensor], torch.Tensor]:
     return torch.compile(_swiglu, dynamic=False) if device_type == "cuda" else _swiglu
 
 
+class ToRows(torch.autograd.Function):
+    """Tokens to their rows in expert order. A gather both ways: torch's gradient of `index_select`
+    is an `index_add` with BF16 atomics, 2 ms for each of the layer's two on an H100."""
+
+    @staticmethod
+    def forward(ctx, x, token_of_row, row_of_slot, topk):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(row_of_slot)
+        ctx.topk = topk
+        return x.index_select(0, token_of_row)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        (row_of_slot,) = ctx.saved_tensors
+        return dy.index_select(0, row_of_slot).unflatten(0, (-1, ctx.topk)).sum(1), None, None, None
+
+
+class ToSlots(torch.autograd.Function):
+    """Rows in expert order back to (token, choice) order, a gather both ways."""
+
+    @staticmethod
+    def forward(ctx, y, order, row_of_slot):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(order)
+        return y.index_select(0, row_of_slot)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        return dy.index_select(0, ctx.saved_tensors[0]), None, None
+
+
 def torch_bf16(
     x: torch.Tensor, ids: torch.Tensor, probs: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor
 ) -> torch.Tensor:
@@ -40,11 +69,11 @@ def torch_bf16(
     row_of_slot[order] = torch.arange(order.numel(), device=order.device)
     experts = torch.arange(w13.shape[0], device=flat.device)
     ends = torch.searchsorted(flat[order], experts, right=True).to(torch.int32)
-    rows = x.index_select(0, order // topk)
+    rows = ToRows.apply(x, order // topk, row_of_slot, topk)
     h = F.grouped_mm(rows, w13.transpose(1, 2), offs=ends)
     a = fused_swiglu(x.device.type)(h)
     y = F.grouped_mm(a, w2.transpose(1, 2), offs=ends)
-    y = y.index_select(0, row_of_slot).view(*ids.shape, -1)
+    y = ToSlots.apply(y, order, row_of_slot).view(*ids.shape, -1)
     return (y * probs.to(y.dtype).unsqueeze(-1)).sum(dim=1)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.layer.contenders import Layer, fused_swiglu
+from benchmarks.layer.contenders import Layer, ToRows, fused_swiglu
 
 
 def _sonicmoe() -> Layer:
@@ -79,7 +79,8 @@ def padded_layer(grouped_mm: Callable[..., torch.Tensor], unit: int) -> Layer:
             "offs": padded_ends.to(torch.int32),
             "pad_token_groups_for_grouped_mm": False,
         }
-        h = grouped_mm(x.index_select(0, token_of_row), w13.transpose(1, 2), **options)
+        rows = ToRows.apply(x, token_of_row, row_of_slot, topk)
+        h = grouped_mm(rows, w13.transpose(1, 2), **options)
         a = fused_swiglu(x.device.type)(h)
         y = grouped_mm(a, w2.transpose(1, 2), **options)
         y = y.index_select(0, row_of_slot).view(*ids.shape, -1)

@@ -15,6 +15,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "cast_permute_both": ("cast_permute_to_channel",),
     "permute_fp8_to_channel": ("permute_to_channel",),
     "m_grouped_gemm_nt": ("gemm",),
+    "m_grouped_gemm_swiglu": ("gemm",),
     "k_grouped_gemm": ("gemm",),
     "swiglu_cast_both": ("swiglu_cast",),
     **{
@@ -35,7 +36,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
 }
 """The kernels that each operator of the fused layer launches, in order."""
 
-GEMMS = ("m_grouped_gemm_nt", "k_grouped_gemm")
+GEMMS = ("m_grouped_gemm_nt", "m_grouped_gemm_swiglu", "k_grouped_gemm")
 
 
 @dataclass
@@ -79,7 +80,7 @@ class _Recorder(TorchDispatchMode):
         if name in ("gather_sum", "gather_slots"):  # padding rows are not read
             rows = args[0]
             size += self._bytes(rows) * (self._slots / self._used - 1)
-        if name == "m_grouped_gemm_nt":
+        if name in ("m_grouped_gemm_nt", "m_grouped_gemm_swiglu"):
             n, k = args[2].shape[1:]
             label, flops = f"{name} N={n} K={k}", 2.0 * self._slots * n * k
         if name == "k_grouped_gemm":

@@ -14,6 +14,7 @@ A GEMM in BF16, or H or I not a multiple of 128: x and dy travel in BF16 (see un
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -29,9 +30,13 @@ from fp8moe.functional.sharded import local_weight
 from fp8moe.functional.tokens import Tokens
 from fp8moe.kernels.cast import cast_per_token
 from fp8moe.kernels.fp8tensor import BLOCK, FP8Tensor
+from fp8moe.kernels.gemm import sparing_sms
 from fp8moe.kernels.permute import gather_slots, permute_rows
 
 Tensor = torch.Tensor
+
+SPARED_SMS = 0
+"""SMs that the weight gradients leave to NCCL while dx travels."""
 
 
 class Dispatched:
@@ -108,10 +113,14 @@ class ExpertParallelSwiglu(torch.autograd.Function):
         def take_slots(partials: Tensor, row_of_slot: Tensor) -> Any:
             return exchange.return_slots(gather_slots(partials, row_of_slot))
 
-        def sum_rows(rows: Tensor, row_of_slot: Tensor) -> Any:
-            return exchange.return_rows(rows)
+        travelling = contextlib.ExitStack()
 
-        with autocast_off(dy.device):
+        def sum_rows(rows: Tensor, row_of_slot: Tensor) -> Any:
+            returned = exchange.return_rows(rows)
+            travelling.enter_context(sparing_sms(SPARED_SMS))
+            return returned
+
+        with autocast_off(dy.device), travelling:
             dy8 = FP8Tensor(*cast_per_token(dy.contiguous(), ctx.config.pow2_scales))
             message = FP8Message.start(exchange, dy8)
 

@@ -31,8 +31,9 @@ from fp8moe.functional.unfused import (
 from fp8moe.functional.weight_cache import fp8_weight, held, hold
 from fp8moe.kernels.fp8tensor import BLOCK, FP8Tensor
 from fp8moe.kernels.gemm import m_grouped_gemm_nt
+from fp8moe.kernels.gemm_swiglu import m_grouped_gemm_swiglu
 from fp8moe.kernels.permute import gather_slots, gather_sum
-from fp8moe.kernels.swiglu import swiglu_backward_cast, swiglu_cast, swiglu_cast_both
+from fp8moe.kernels.swiglu import swiglu_backward_cast, swiglu_cast
 
 Tensor = torch.Tensor
 
@@ -104,16 +105,21 @@ def forward_rows(
     w2_8, w2_t = fp8_weight(w2, pow2=pow2_w, transposed=need_da and cache, cache=cache)
 
     xp8 = x.rows(p.row_of_slot, p.slot_of_row, pow2)
-    h = m_grouped_gemm_nt(xp8, w13_8, p.group_ends)
-    del xp8
     none = (None, None)
-    saved_h: Any = (h, None) if config.save == "bf16" else none
+    saved_h: Any = none
     if config.save == "fp8" and (need_da or need_w2):
-        a_data, a_scale, *saved_h = swiglu_cast_both(h, topk_weights, p.slot_of_row, pow2)
+        a_data, a_scale, *saved_h = m_grouped_gemm_swiglu(
+            xp8, w13_8, p.group_ends, topk_weights, p.slot_of_row, pow2
+        )
         a8 = FP8Tensor(a_data, a_scale)
+        del xp8
     else:
+        h = m_grouped_gemm_nt(xp8, w13_8, p.group_ends)
+        del xp8
         a8 = FP8Tensor(*swiglu_cast(h, topk_weights, p.slot_of_row, pow2))
-    del h
+        if config.save == "bf16":
+            saved_h = (h, None)
+        del h
     rows = m_grouped_gemm_nt(a8, w2_8, p.group_ends)
     if observed():
         report("x", x.fp8(pow2))

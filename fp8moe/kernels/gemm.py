@@ -7,7 +7,9 @@ token-transposed operands with 1x128 scales each (``quant.per_channel``).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -33,8 +35,9 @@ def spec(grouping: Grouping, output: Output, tile: Tile, groups: int) -> jit.Ker
             ("BLOCK_M", tile.block_m),
             ("BLOCK_N", tile.block_n),
             ("STAGES", tile.stages(block_scales, groups)),
-            ("ASYNC_STORE", int(tile.async_store(block_scales))),
+            ("ASYNC_STORE", int(tile.async_store)),
         ),
+        hold_operands=True,
     )
 
 
@@ -56,12 +59,30 @@ def num_sms(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
-def _block_stride(scale: torch.Tensor) -> int:
+_spared = 0
+
+
+@contextlib.contextmanager
+def sparing_sms(count: int) -> Iterator[None]:
+    """GEMMs launched meanwhile leave `count` SMs free, for a message that travels beside them.
+
+    A GEMM's CTAs share its tiles evenly and stay until the last one. One that has to wait until
+    another kernel leaves its SM ends that much later, and with it the GEMM: nothing is hidden.
+    """
+    global _spared
+    before, _spared = _spared, count
+    try:
+        yield
+    finally:
+        _spared = before
+
+
+def block_stride(scale: torch.Tensor) -> int:
     """Floats from one k-block of an MN-major scale to the next."""
     return scale.stride(-1) if scale.shape[-1] > 1 else 0
 
 
-def _operand_map(t: torch.Tensor, box_rows: int) -> tma.TensorMap:
+def operand_map(t: torch.Tensor, box_rows: int) -> tma.TensorMap:
     """Blocks of box_rows x 128 of an FP8 operand, all its groups as one matrix."""
     k = t.shape[-1]
     return tma.tensor_map(
@@ -98,7 +119,7 @@ def _plan(p: Problem, sms: int, config: tuple[Tile, int]) -> _Plan:
         min(sms, heuristics.max_tiles(p, tile)),
         128 * (tile.consumers + 1),
         tile.shared_memory(block_scales, p.groups),
-        tile.async_store(block_scales),
+        tile.async_store,
     )
 
 
@@ -120,21 +141,21 @@ def _launch(
     """Run problem ``p``; ``config`` overrides the heuristic (tile, band) when searching."""
     if p.m == 0:
         return
-    sms = num_sms(out.get_device())
+    sms = max(1, num_sms(out.get_device()) - _spared)
     plan = _plan(p, sms, config) if config else _chosen_plan(p, sms)
     k_total = a.shape[-1]
-    map_a = _operand_map(a, plan.tile.block_m)
-    map_b = _operand_map(b, plan.tile.block_n)
+    map_a = operand_map(a, plan.tile.block_m)
+    map_b = operand_map(b, plan.tile.block_n)
     # The epilogue's TMA stores; without them the kernel does not look at it.
     map_d = (
         tma.tensor_map(
             out.data_ptr(),
-            dtype="bf16",
+            dtype="bf16" if p.output == Output.BF16 else "f32",
             rows=out.numel() // p.n,
             cols=p.n,
-            row_stride_bytes=p.n * 2,
+            row_stride_bytes=p.n * out.element_size(),
             box_rows=16,
-            box_cols=64,
+            box_cols=128 // out.element_size(),
             swizzle=128,
         )
         if plan.async_store
@@ -159,8 +180,8 @@ def _launch(
             plan.band,
             a.numel() // k_total,
             b.numel() // k_total,
-            _block_stride(a_scale),
-            _block_stride(b_scale) if p.grouping == Grouping.K_GROUPED else b_scale.shape[-1],
+            block_stride(a_scale),
+            block_stride(b_scale) if p.grouping == Grouping.K_GROUPED else b_scale.shape[-1],
         ],
         smem=plan.smem,
     )

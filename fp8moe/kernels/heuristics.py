@@ -97,31 +97,31 @@ class Tile:
         """Consumer warpgroups: 64 rows of the tile each, two sharing the columns of 64 rows."""
         return 3 if self.block_m == 192 else 2
 
-    def async_store(self, block_scales: bool) -> bool:
-        """Whether TMA writes the tile while the next one is computed. Its panels are 64 BF16
-        columns wide; the weight gradient is mostly FP32."""
-        return block_scales and self.block_n >= 128
+    @property
+    def async_store(self) -> bool:
+        """Whether TMA writes the tile while the next one is computed, in panels of 128 bytes."""
+        return self.block_n >= 128
 
     def _stage_bytes(self, block_scales: bool) -> int:
         scales_b = -(-self.block_n // 128 // 4) * 4 if block_scales else self.block_n
         operands = (self.block_m + self.block_n) * BLOCK_K
         return operands + (self.block_m + max(4, scales_b)) * 4 + 16  # 16: the two barriers
 
-    def _other_bytes(self, block_scales: bool, groups: int) -> int:
+    def _other_bytes(self, groups: int) -> int:
         """Epilogue staging and the group table."""
-        panels = 2 if self.async_store(block_scales) else 1
+        panels = 2 if self.async_store else 1
         table = 4 * (FEW_GROUPS if groups <= FEW_GROUPS else MAX_GROUPS)
         return 4 * self.consumers * panels * _PANEL + table
 
     def stages(self, block_scales: bool, groups: int) -> int:
         """Pipeline depth: as many stages as fit beside staging and the group table."""
-        free = SHARED_MEMORY - self._other_bytes(block_scales, groups)
+        free = SHARED_MEMORY - self._other_bytes(groups)
         return min(_MAX_STAGES, free // self._stage_bytes(block_scales))
 
     def shared_memory(self, block_scales: bool, groups: int) -> int:
         """Bytes of dynamic shared memory, as laid out in csrc/gemm.cuh."""
         stages = self.stages(block_scales, groups) * self._stage_bytes(block_scales)
-        return stages + self._other_bytes(block_scales, groups)
+        return stages + self._other_bytes(groups)
 
 
 _LARGE = (Tile(128, 256), Tile(128, 192), Tile(128, 128), Tile(192, 128))

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from fp8moe.kernels import disk_cache, launch
+from fp8moe.kernels import disk_cache, launch, sass
 
 CSRC = Path(__file__).parent / "csrc"
 ARCH = "sm_90a"
@@ -30,7 +30,7 @@ OPTIONS: tuple[str, ...] = (
     f"--gpu-architecture={ARCH}",
     "-std=c++17",
     "-default-device",
-    # The driver's cache of compiled code would return a kernel without the log that is checked here.
+    # A kernel from the driver's own cache comes without the log that is checked here.
     "--no-cache",
     "--ptxas-options=-v",
     "--ptxas-options=-warn-spills",
@@ -52,11 +52,13 @@ class KernelSpec:
         source: file name in ``csrc``, or an absolute path.
         entry: name of the ``extern "C" __global__`` function.
         constants: rendered as ``#define NAME value`` before the source, in this order.
+        hold_operands: rewrite issue hints of the compiled code, see ``sass``.
     """
 
     source: str
     entry: str
     constants: tuple[tuple[str, int | str], ...] = ()
+    hold_operands: bool = False
 
     def __str__(self) -> str:
         values = ", ".join(f"{name}={value}" for name, value in self.constants)
@@ -232,8 +234,14 @@ def _nvrtc(source: str, name: str, options: tuple[str, ...]) -> tuple[bytes | No
 # --------------------------------------------------------------------------------------- disk cache
 
 
+@functools.cache
+def _hints() -> str:
+    return Path(sass.__file__).read_text(encoding="utf-8")
+
+
 def _name(spec: KernelSpec, source: str) -> str:
-    key = hashlib.sha256("\0".join((source, *OPTIONS, _compiler_fingerprint())).encode())
+    parts = (source, *OPTIONS, _compiler_fingerprint(), _hints() if spec.hold_operands else "")
+    key = hashlib.sha256("\0".join(parts).encode())
     return f"{Path(spec.source).stem}-{key.hexdigest()[:40]}"
 
 
@@ -303,6 +311,8 @@ def _compile(spec: KernelSpec, name: str, source: str) -> Compiled:
     if _PERFORMANCE_LOSS.search(log):
         reason = "rejected: the assembler serialised wgmma or ignored setmaxnreg"
         raise CompileError(spec, reason, log, _keep_source(name, source))
+    if spec.hold_operands:
+        cubin = sass.hold_operands(cubin)
     compiled = _checked_entry(spec, Compiled(cubin=cubin, log=log), name, source)
     disk_cache.write(name, _encode(compiled))
     return compiled

@@ -35,8 +35,9 @@ class ArgumentFrame:
         layout = "@"
         offsets = []
         for code in codes:
-            if code == f"{TENSOR_MAP_BYTES}s":
-                layout += f"{-struct.calcsize(layout) % TENSOR_MAP_ALIGN}x"
+            if code.endswith("s"):
+                align = TENSOR_MAP_ALIGN if code == f"{TENSOR_MAP_BYTES}s" else 8
+                layout += f"{-struct.calcsize(layout) % align}x"
             layout += code
             offsets.append(struct.calcsize(layout) - struct.calcsize("@" + code))
         self.codes = list(codes)
@@ -61,7 +62,8 @@ def encode(args: Sequence[Any]) -> tuple[list[str], list[Any], int]:
 
     Args:
         args: a CUDA tensor (its address), None (a null pointer), int (int32), float (float32), a
-            ctypes scalar (as it is), or a TensorMap (128 bytes by value).
+            ctypes scalar (as it is), a TensorMap (128 bytes by value), or bytes (a struct by value,
+            aligned to 8).
 
     Raises: TypeError for another type; ValueError for tensors on two devices or not on a GPU.
     """
@@ -79,6 +81,9 @@ def encode(args: Sequence[Any]) -> tuple[list[str], list[Any], int]:
         elif kind is TensorMap:
             codes.append("128s")
             values.append(arg.data)
+        elif kind is bytes:
+            codes.append(f"{len(arg)}s")
+            values.append(arg)
         elif kind is ctypes.c_void_p:
             codes.append("P")
             values.append(arg.value or 0)
@@ -103,8 +108,8 @@ def encode(args: Sequence[Any]) -> tuple[list[str], list[Any], int]:
             values.append(arg.value)
         else:
             raise TypeError(
-                f"kernel argument {position}: expected a tensor, None, int, float, ctypes scalar "
-                f"or TensorMap, got {type(arg).__name__}"
+                f"kernel argument {position}: expected a tensor, None, int, float, ctypes scalar, "
+                f"TensorMap or bytes, got {type(arg).__name__}"
             )
     return codes, values, device
 
@@ -123,7 +128,7 @@ def _name_overflow(codes: Sequence[str], values: Sequence[Any], error: Exception
     return error
 
 
-_READ = {int: "a[{}]", float: "a[{}]", type(None): "0", TensorMap: "a[{}].data"}
+_READ = {int: "a[{}]", float: "a[{}]", type(None): "0", TensorMap: "a[{}].data", bytes: "a[{}]"}
 
 
 @functools.cache

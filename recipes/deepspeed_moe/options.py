@@ -29,6 +29,8 @@ class Options:
         experts: "fp8" or "bf16": grouped, by fp8moe; "deepspeed": DeepSpeed's own loop in BF16.
         capacity_factor: places of an expert per token that it gets when all get as many; 0 drops no
             token.
+        checkpoint_every: steps between two checkpoints, with one more after the last; 0 writes none
+            at all.
     """
 
     experts: str = "fp8"
@@ -59,6 +61,10 @@ class Options:
                 raise UserError(
                     f"--ep-size: expected a divisor of the {total} {text}, got {self.ep_size}"
                 )
+        if self.checkpoint_every < 0:
+            raise UserError(
+                f"--checkpoint-every: expected 0 (none) or more, got {self.checkpoint_every}"
+            )
         if not 0 <= self.capacity_factor < float("inf"):
             raise UserError(f"--capacity-factor: expected 0 or more, got {self.capacity_factor}")
 
@@ -79,7 +85,7 @@ class Options:
             warmup_steps=0,
             eval_batches=self.eval_batches,
             log_every=self.log_every,
-            checkpoint_every=self.checkpoint_every,
+            checkpoint_every=self.checkpoint_every or self.steps,
             balance_loss=self.balance_loss,
             seed=self.seed,
             data=self.data,

@@ -48,9 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    # Not after an error: NCCL would wait here for processes that wait for this one.
+    torch.distributed.destroy_process_group()
     return 0
 
 
@@ -119,6 +118,7 @@ class Run:
         self.options: Options = request.options
         self.checkpoints = request.out / "checkpoints"
         self.first_loss: float | None = None
+        self.checkpoint_seconds: list[float] = []
 
     def create(self, corpus: dict[str, Any]) -> None:
         torch.distributed.barrier()  # every process has looked at the folder by now
@@ -162,10 +162,17 @@ class Run:
                     f"lr {engine.get_lr()[0]:.2e}  {rate:,.0f} tokens/s"
                 )
                 self._record(step=step + 1, loss=loss, balance=balance, tokens_per_second=rate)
-            if (step + 1) % self.options.checkpoint_every == 0 or step + 1 == self.options.steps:
-                state = {"first_loss": self.first_loss}
-                engine.save_checkpoint(str(self.checkpoints), f"step_{step + 1}", state)
+            self._save(engine, step + 1)
         self._finish(engine, loader, times[WARM:], memory)
+
+    def _save(self, engine: Any, step: int) -> None:
+        """A checkpoint, if it is time for one. What it takes is no part of a step's time."""
+        every = self.options.checkpoint_every
+        if every and (step % every == 0 or step == self.options.steps):
+            started = time.perf_counter()
+            state = {"first_loss": self.first_loss}
+            engine.save_checkpoint(str(self.checkpoints), f"step_{step}", state)
+            self.checkpoint_seconds.append(time.perf_counter() - started)
 
     def _step(self, engine: Any, batches: list[Batch]) -> tuple[Any, Any]:
         """One optimizer step on this process's share; the means of its losses, on the device."""
@@ -195,9 +202,9 @@ class Run:
         return _mean(torch.stack(losses).mean())
 
     def _finish(self, engine: Any, loader: Loader, times: list[float], memory: int) -> None:
-        last = self.validate(engine, loader)
         if torch.cuda.is_available():
             memory = torch.cuda.max_memory_allocated()
+        last = self.validate(engine, loader)
         assert self.first_loss is not None
         summary = {
             "experts": self.options.experts,
@@ -207,12 +214,18 @@ class Run:
             "tokens_per_second": self.config.tokens_per_step
             / statistics.mean(times or [float("nan")]),
             "peak_memory_bytes": memory,
+            "checkpoint_seconds": self.checkpoint_seconds,
         }
         self._print(
             f"validation loss after: {last:.4f} nats per byte, before: {self.first_loss:.4f}\n"
             f"{summary['tokens_per_second']:,.0f} tokens/s, "
             f"peak memory {memory / 2**30:.2f} GiB a process"
         )
+        if self.checkpoint_seconds:
+            self._print(
+                f"{len(self.checkpoint_seconds)} checkpoints, "
+                f"{statistics.mean(self.checkpoint_seconds):.1f} s each, not in the tokens/s"
+            )
         if self.rank == 0:
             self._write("summary.json", summary)
 

@@ -69,15 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = {item.name for item in dataclasses.fields(Config)}
     overrides = {name: value for name, value in values.items() if name in names}
     try:
-        return _run(values, overrides)
+        code = _run(values, overrides)
+        parallel.end()
+        return code
     except KeyboardInterrupt:
         print("interrupted: the last checkpoint, if any, is whole", file=sys.stderr)
         return 128 + signal.SIGINT
     except (UserError, Diverged) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3 if isinstance(error, Diverged) else 2
-    finally:
-        parallel.end()
 
 
 def _run(values: dict[str, Any], overrides: dict[str, Any]) -> int:

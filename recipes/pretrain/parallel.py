@@ -91,13 +91,20 @@ def start(config: Config) -> Ranks:
     if size == 1:
         return Ranks()
     if config.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     return Ranks(dist.get_rank(), size)
 
 
 def end() -> None:
-    """Leaves the processes, if there are others."""
+    """Leaves the processes, if there are others, when all have done their work.
+
+    Not after an error: NCCL would wait here for processes that wait for this one. Its exit lets
+    torchrun end them.
+    """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

@@ -95,7 +95,7 @@ def train(engine: Any, data: list[torch.Tensor]) -> list[float]:
     """One backward and step for each batch; the losses."""
     losses = []
     for x in data:
-        loss = engine(x)
+        loss = engine(x.to(engine.device))
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())

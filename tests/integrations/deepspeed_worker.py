@@ -1,11 +1,14 @@
 """One of two processes: every check that needs DeepSpeed engines, results written as JSON.
 
-Run by test_deepspeed_engine.py; starting DeepSpeed takes longer than the checks.
+python deepspeed_worker.py FOLDER cpu|cuda, with what torchrun sets in the environment. Run by
+test_deepspeed_engine.py; starting DeepSpeed takes longer than the checks.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -190,7 +193,7 @@ def qwen_train(engine: Any, steps: int) -> list[float]:
     torch.manual_seed(50 + torch.distributed.get_rank() + engine.global_steps)
     losses = []
     for _ in range(steps):
-        ids = torch.randint(256, (2, 48))
+        ids = torch.randint(256, (2, 48)).to(engine.device)
         loss = engine(input_ids=ids, labels=ids).loss
         engine.backward(loss)
         engine.step()
@@ -258,9 +261,15 @@ def autoep_checkpoint(folder: Path, stage: int) -> list[list[float]]:
     return losses
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, device: str) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs no compiler then
-    deepspeed.init_distributed("gloo", verbose=False)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # Runs are compared bit for bit, and DeepSpeed adds up rows with atomic operations.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    limit = datetime.timedelta(seconds=60)
+    backend = "nccl" if device == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, verbose=False, timeout=limit)
     results: dict[str, Any] = {}
     for ep_size in (1, 2):
         for stage in (0, 1, 2):
@@ -275,7 +284,8 @@ def main(folder: Path) -> None:
     rank = torch.distributed.get_rank()
     (folder / f"rank{rank}.json").write_text(json.dumps(results))
     torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

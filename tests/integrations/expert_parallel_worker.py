@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import sys
 
@@ -14,8 +15,11 @@ from transformers.distributed import DistributedConfig
 import fp8moe.integrations.huggingface  # noqa: F401
 
 
-def main(model_path: str, input_path: str, output_path: str) -> None:
-    dist.init_process_group("gloo")
+def main(model_path: str, input_path: str, output_path: str, device: str) -> None:
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=60))
     model = AutoModelForCausalLM.from_pretrained(
         model_path,
         experts_implementation="fp8moe",
@@ -23,7 +27,7 @@ def main(model_path: str, input_path: str, output_path: str) -> None:
             tp_size=dist.get_world_size(), enable_expert_parallel=True
         ),
     )
-    ids = torch.load(input_path)
+    ids = torch.load(input_path).to(device)
     experts = model.model.layers[0].mlp.experts
     seen = []
     model.model.layers[0].mlp.gate.register_forward_hook(lambda *args: seen.append(args[-1][2]))

@@ -8,10 +8,12 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("deepspeed", reason="needs DeepSpeed")
 
@@ -27,42 +29,60 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def environment(**more: str) -> dict[str, str]:
+def environment(device: str, **more: str) -> dict[str, str]:
+    on_cpu = {"CUDA_VISIBLE_DEVICES": "", "FP8MOE_BACKEND": "reference"}
     return os.environ | {
-        "DS_ACCELERATOR": "cpu",
-        "FP8MOE_BACKEND": "reference",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # which deterministic runs ask for
+        "DS_ACCELERATOR": device,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
+        "NCCL_NVLS_ENABLE": "0",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+        **(on_cpu if device == "cpu" else {}),
         **more,
     }
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What the two processes found, in the order of their ranks."""
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """What the two processes found, in the order of their ranks: over gloo, or NCCL on two GPUs."""
+    device = request.param
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     folder = tmp_path_factory.mktemp("deepspeed")
-    env = environment(WORLD_SIZE="2")
+    env = environment(device, WORLD_SIZE="2")
     worker = Path(__file__).with_name("deepspeed_worker.py")
     logs = [folder / f"log{rank}" for rank in range(2)]
     processes = [
         subprocess.Popen(
-            [sys.executable, str(worker), str(folder)],
+            [sys.executable, str(worker), str(folder), device],
             env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=logs[rank].open("w"),
             stderr=subprocess.STDOUT,
         )
         for rank in range(2)
     ]
+    end = time.monotonic() + 240
     try:
-        for process in processes:
-            process.wait(timeout=240)
+        # One that fails ends the wait: over NCCL the other would notice only at its timeout.
+        while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.1)
     finally:
+        codes = [process.poll() for process in processes]
         for process in processes:
             process.kill()
-    for process, log in zip(processes, logs, strict=True):
-        assert process.returncode == 0, log.read_text()[-4000:]
+            process.wait()
+    texts = [
+        f"rank {r}: {c}\n{log.read_text()[-4000:]}"
+        for r, (c, log) in enumerate(zip(codes, logs, strict=True))
+    ]
+    assert codes == [0, 0], "\n".join(texts)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -149,7 +169,7 @@ def test_the_documentation_runs_as_written(tmp_path: Path) -> None:
     # The compiler that DeepSpeed's optional all-reduce for CPUs needs takes half a minute.
     quick = "import deepspeed\ndeepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False\n"
     script.write_text(quick + code.replace("/tmp/fp8moe-deepspeed", str(tmp_path / "saved")))
-    env = environment(CUDA_VISIBLE_DEVICES="")
+    env = environment("cpu")
     del env["MASTER_ADDR"]  # which the page sets; the port only lets other tests run beside it
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=240, env=env

@@ -235,25 +235,30 @@ def test_replace_experts_leaves_what_it_cannot_do():
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_expert_parallelism_of_transformers(tmp_path):
+def test_expert_parallelism_of_transformers(tmp_path, device):
     """Each of two processes holds half of the experts and drops the other half's slots."""
     from transformers.distributed import DistributedConfig
 
+    if device.type == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     if "tp_size" not in inspect.signature(DistributedConfig).parameters:
         pytest.skip("this transformers shards experts in another way than as DTensors")
     build().save_pretrained(tmp_path / "model")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    ids = tokens()
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").to(device)
+    ids = tokens(device)
     torch.save(ids, tmp_path / "ids.pt")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0"}
+    if device.type == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     worker = Path(__file__).with_name("expert_parallel_worker.py")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         worker, tmp_path / "model", tmp_path / "ids.pt", tmp_path / "result.pt"],
+         worker, *(tmp_path / name for name in ("model", "ids.pt", "result.pt")), device.type],
         cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**environment, "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    result = torch.load(tmp_path / "result.pt")
+    result = torch.load(tmp_path / "result.pt", map_location=device)
     assert result["local"] == E // 2
     dropped = (result["ids"] == E // 2).float().mean()
     assert 0.2 < dropped < 0.8  # the sentinel was really there

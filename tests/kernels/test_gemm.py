@@ -346,3 +346,31 @@ def test_accumulate_needs_a_float32_out():
     with pytest.raises(ValueError, match="out: expected dtype torch.float32"):
         out = torch.zeros(1, 64, 64, dtype=torch.bfloat16)
         kernels.k_grouped_gemm(a, b, ends, out=out, accumulate=True)
+
+
+def test_spared_sms_are_not_planned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(Grouping.DENSE, Output.BF16, 256, 256, 256)
+    t = torch.zeros(256, 256, dtype=torch.float8_e4m3fn)
+    planned: list[int] = []
+
+    def plan(p: Problem, sms: int) -> None:
+        planned.append(sms)
+        raise LookupError
+
+    monkeypatch.setattr(gemm, "num_sms", lambda index: 132)
+    monkeypatch.setattr(gemm, "_chosen_plan", plan)
+
+    def launch() -> None:
+        with pytest.raises(LookupError):
+            gemm._launch(problem, t, t, t, t, None, t)
+
+    launch()
+    with gemm.sparing_sms(16):
+        launch()
+        with gemm.sparing_sms(500):
+            launch()
+        launch()
+    with pytest.raises(KeyError), gemm.sparing_sms(16):
+        raise KeyError
+    launch()
+    assert planned == [132, 116, 1, 116, 132]

@@ -44,6 +44,7 @@ def packed(args: list[Any]) -> tuple[launch.ArgumentFrame, list[bytes]]:
         (ctypes.c_double(0.1), struct.pack("<d", 0.1)),
         (ctypes.c_bool(True), b"\x01"),
         (MAP, MAP.data),
+        (b"a struct of a kernel's own", b"a struct of a kernel's own"),
     ],
 )
 def test_one_argument_is_packed_as_its_c_type(arg: Any, expected: bytes) -> None:
@@ -59,6 +60,15 @@ def test_arguments_are_naturally_aligned_whatever_their_order() -> None:
     for pointer, size in zip(pointers, frame.sizes, strict=True):
         assert pointer is not None and pointer % min(size, 64) == 0
     assert pointers[0] is not None and pointers[0] % 64 == 0
+
+
+def test_a_struct_is_aligned_to_eight_bytes_and_read_again():
+    args = [1, b"12345678abcd", 2]
+    frame, read = packed(args)
+    assert read == [struct.pack("<i", 1), b"12345678abcd", struct.pack("<i", 2)]
+    pointers = (ctypes.c_void_p * 3).from_address(frame.address)
+    assert pointers[1] is not None and pointers[1] % 8 == 0
+    assert launch.reader(tuple(map(type, args)))(args) == (-1, tuple(args))
 
 
 def test_no_arguments() -> None:

@@ -12,6 +12,7 @@ from dispatch_ranks import E, H, I, K, Ranks, any_rank, check
 from torch.utils.checkpoint import checkpoint
 
 from fp8moe import FP8Config, swiglu_experts, testing
+from fp8moe.functional import expert_parallel
 from fp8moe.functional.exchange import Exchange
 from fp8moe.functional.expert_parallel import dispatch, expert_parallel_swiglu
 from fp8moe.modules import Experts
@@ -148,6 +149,17 @@ def sums_differ_by_one_rounding(ranks: Ranks) -> None:
         for name in ("y", "dx"):
             if len(got[name]):
                 assert testing.sqnr_db(got[name], expected[name]) > 45, name
+
+
+@check
+def spared_sms_change_no_bit(ranks: Ranks) -> None:
+    before = expert_parallel.SPARED_SMS
+    expert_parallel.SPARED_SMS = 100
+    try:
+        got, expected = both(ranks, FP8Config())
+    finally:
+        expert_parallel.SPARED_SMS = before
+    assert differing(got, expected) == set()
 
 
 @check

@@ -70,7 +70,7 @@ def test_the_readme_shows_what_its_smallest_run_prints(tmp_path: Path) -> None:
 
     # The text is another with another torch, so the losses agree only roughly then.
     tolerance = 0.05 if torch.__version__.startswith("2.13.") else 0.3
-    *lines, last = expected.splitlines()
+    *lines, last, saved = expected.splitlines()
     for line in lines:
         key = re.split(r"  loss|: ", line)[0]
         (got,) = (other for other in printed if other.startswith(key))
@@ -81,7 +81,11 @@ def test_the_readme_shows_what_its_smallest_run_prints(tmp_path: Path) -> None:
     speed = r"[\d,]+ tokens/s, peak memory \d+\.\d\d GiB a process"
     assert re.fullmatch(speed, last) and sum(bool(re.fullmatch(speed, o)) for o in printed) == 1
 
+    checkpoints = r"2 checkpoints, \d+\.\d s each, not in the tokens/s"
+    assert re.fullmatch(checkpoints, saved) and re.fullmatch(checkpoints, printed[-1])
+
     summary = json.loads((out / "summary.json").read_text())
+    assert len(summary["checkpoint_seconds"]) == 2 and min(summary["checkpoint_seconds"]) > 0
     assert summary["validation_loss_after"] < summary["validation_loss_before"] - 2
     assert summary["tokens_per_second"] > 0 and summary["peak_memory_bytes"] > 0
     assert (out / "checkpoints" / "latest").read_text() == "step_20"
@@ -106,7 +110,10 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
         where = ["--data", str(text), "--out", str(tmp_path / name)]
         return ["-m", "recipes.deepspeed_moe", *TINY.split(), *where, *more]
 
-    start(run("straight", "--steps", "6"))
+    start(run("straight", "--steps", "6", "--checkpoint-every", "0"))
+    assert not (tmp_path / "straight" / "checkpoints").exists()
+    summary = json.loads((tmp_path / "straight" / "summary.json").read_text())
+    assert summary["checkpoint_seconds"] == []
     start(run("stopped", "--steps", "3"))
     assert "resumed at step 3" in start(run("stopped", "--steps", "6", "--resume"))
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
@@ -134,6 +141,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
         ("--ep-size 4", "--ep-size: expected a divisor of the 2 processes, got 4"),
         ("--experts fp4", "--experts: expected fp8 or bf16 or deepspeed, got fp4"),
         ("--capacity-factor -1", "--capacity-factor: expected 0 or more"),
+        ("--checkpoint-every -1", r"--checkpoint-every: expected 0 \(none\) or more, got -1"),
         ("--resume", "--resume: no run in"),
         ("--zero-stage 0", "grad_accum_dtype: expected bf16 with ZeRO stage 0"),
         ("--deepspeed-config {stage3}", "stage: expected 0, 1 or 2.*got 3"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,6 +17,9 @@ import torch
 
 from recipes.pretrain import metrics
 from recipes.pretrain.cli import main
+from recipes.pretrain.compare import compare
+from recipes.pretrain.compare import main as compare_main
+from recipes.pretrain.config import UserError
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -88,23 +92,16 @@ def losses(folder: Path) -> torch.Tensor:
     return torch.tensor([r["loss"] for r in records], dtype=torch.float64)
 
 
-def apart(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
-    """Largest relative difference in the first six steps; that of the last quarter's mean."""
-    early = float(((a - b) / b).abs()[:6].max())
-    quarter = len(b) // 4
-    return early, abs(float(a[-quarter:].mean() / b[-quarter:].mean()) - 1)
-
-
 @pytest.mark.dist
 def test_two_processes_train_like_one(two: Path, text: Path) -> None:
     assert main(arguments(text, "one")) == 0
     assert main(arguments(text, "other", seed=1)) == 0
-    one, other = losses(run_folder(text, "one")), losses(run_folder(text, "other"))
-    assert len(losses(two)) == len(one) == TINY["steps"]
-    early, late = apart(losses(two), one)
-    assert early < 5e-3 and late < 0.02, (early, late)
+    one, other = run_folder(text, "one"), run_folder(text, "other")
+    found = compare(one, two, "fp8")
+    assert found["steps"] == TINY["steps"]
+    assert found["early"] < 5e-3 and found["late"] < 0.02, found
     # Negative control: other batches and weights are further away than that.
-    assert apart(other, one)[0] > 2e-2
+    assert compare(one, other, "fp8")["early"] > 2e-2
     kinds = {r["kind"] for r in metrics.read(two)}
     assert kinds == {r["kind"] for r in metrics.read(run_folder(text, "one"))}
     for record in metrics.of_kind(metrics.read(two), metrics.LOAD):
@@ -122,6 +119,36 @@ def test_one_process_resumes_what_two_began(two: Path, text: Path) -> None:
     assert len(losses(folder)) == TINY["steps"]
     assert torch.equal(losses(folder)[:28], losses(two)[:28])
     assert float(((losses(folder) - losses(two)) / losses(two)).abs().max()) < 0.02
+
+
+def write_run(folder: Path, losses: list[float], model: str = "fp8") -> Path:
+    folder.mkdir()
+    lines = [{"kind": "train", "step": i, "model": model, "loss": x} for i, x in enumerate(losses)]
+    lines += [{"kind": "speed", "model": model, "tokens_per_s": x} for x in (100.0, 300.0)]
+    lines += [{"kind": "valid", "model": model, "loss": x} for x in (5.0, losses[-1])]
+    (folder / metrics.FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_comparison_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wavy = [4.0 - 0.1 * i + (-1) ** i * 0.02 for i in range(20)]
+    one = write_run(tmp_path / "one", wavy)
+    two = write_run(tmp_path / "two", [*wavy[:3], wavy[3] * 1.01, *wavy[4:15], *([2.0] * 5)])
+    assert compare_main([str(one), str(two)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    mean = sum(wavy[-5:]) / 5
+    assert found["early"] == pytest.approx(0.01) and found["loss"] == pytest.approx([mean, 2.0])
+    assert found["late"] == pytest.approx(1 - 2.0 / mean)
+    # Jumps of -0.1 +- 0.04 in turn: a deviation of 0.04 sqrt(4 / 3) over sqrt(2) and sqrt(5).
+    assert found["noise"] == pytest.approx(0.04 * (4 / 3 / 2 / 5) ** 0.5 / mean)
+    assert found["tokens_per_s"] == [200.0, 200.0]
+    assert found["validation_loss"] == [wavy[-1], 2.0]
+    assert compare(one, one, "fp8")["early"] == 0
+    with pytest.raises(UserError, match="with the same steps, 12 or more, got 20 in .* and 9 in"):
+        compare(one, write_run(tmp_path / "short", wavy[:9]), "fp8")
+    with pytest.raises(SystemExit):
+        compare_main([str(one), str(write_run(tmp_path / "bf16", wavy, "bf16"))])
+    assert "a model in common" in capsys.readouterr().err
 
 
 def test_wrong_numbers_of_processes_are_refused(

@@ -12,6 +12,9 @@ __device__ __forceinline__ float sigmoid(float g) {
   return s;
 }
 
+// silu(g) * u
+__device__ __forceinline__ float swiglu(float g, float u) { return g * sigmoid(g) * u; }
+
 // The routing weights of a warp's eight consecutive rows: lane L loads that of row L % 8, others ask
 // for it by shuffle. One load in flight from the start; four a thread would be put off until each is
 // needed, to save registers. Padding has weight 0.

@@ -4,19 +4,23 @@
 //
 //   first warpgroups      consumers, two or three: wgmma on a stage, promotion of the partial sums, epilogue
 //   last one, warp 0      TMA producer: one lane copies the A and B blocks of the next k-block into a ring of STAGES
-//   last one, warp 1      scale producer: 32 lanes copy the scales of the same stage with 4-byte cp.async (any
-//                         alignment, so groups may start at any row)
+//   last one, warp 1      scale producer: 32 lanes copy the scales of the same stage with cp.async, 16 bytes at a time
+//                         where all are aligned, else 4 (groups may start at any row)
 //
 // A stage is handed over by two mbarriers: `full` (the TMA bytes and 32 scale lanes have arrived) and `empty` (every
-// consumer warp is done with it). The ring runs on across tiles, so the next tile's operands are
-// already on their way while the consumers store this one. README.md one folder up draws it.
+// consumer warp is done with it). The ring runs on across tiles, so the next tile's operands are already on their way
+// while the consumers store this one. README.md one folder up draws it.
 //
 // Constants rendered before this file: GROUPING, SCALE_B_BLOCK, OUTPUT, BLOCK_M (64 | 128 | 192), BLOCK_N, STAGES,
-// ASYNC_STORE. Shapes are arguments, so some dozens of compiled kernels serve every model.
+// ASYNC_STORE, for OUTPUT_SWIGLU also POW2. Shapes are arguments, so some dozens of compiled kernels serve every model.
 #include "ptx.cuh"
 #include "scheduler.cuh"
 #include "promote.cuh"
+#if OUTPUT == 3  // OUTPUT_SWIGLU
+#include "epilogue_swiglu.cuh"
+#else
 #include "epilogue.cuh"
+#endif
 
 constexpr int BLOCK_K = 128;  // bytes of a swizzled row, and the extent of a scale
 // Consumer warpgroups take 64 rows of the tile each; two share the columns of a tile that has only 64 rows.
@@ -45,8 +49,8 @@ static_assert(HALVES * WGMMA_N == GROUP_N, "whole wgmma tiles");
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
      const __grid_constant__ TensorMap map_d, const float* __restrict__ scale_a, const float* __restrict__ scale_b,
-     void* d, const int* __restrict__ groups, int* status, int m, int n, int k, int num_groups, int band, int a_rows,
-     int b_rows, int scale_a_stride, int scale_b_stride) {
+     const Destination d, const int* __restrict__ groups, int* status, int m, int n, int k, int num_groups, int band,
+     int a_rows, int b_rows, int scale_a_stride, int scale_b_stride) {
     extern __shared__ __align__(1024) char smem[];
     const u32 base = smem_address(smem);
     int* table = reinterpret_cast<int*>(smem + TABLE_AT);
@@ -88,30 +92,33 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     const u32 a = base + stage * STAGE_BYTES;
                     tma_load(a, &map_a, kb * BLOCK_K, t.a_row, full(stage));
                     tma_load(a + A_BYTES, &map_b, kb * BLOCK_K, t.b_row, full(stage));
+                    if (OUTPUT == OUTPUT_SWIGLU)  // boxes of half the rows: the gate's, then up's
+                        tma_load(a + A_BYTES + B_BYTES / 2, &map_b, kb * BLOCK_K, t.b_row + n / 2, full(stage));
                 }
             }
         } else if (warp == SCALE_WARP) {
             for (int index = first_tile; index < scheduler.num_tiles; index += step) {
                 const Tile t = scheduler.tile(index);
                 const int n_blocks = ceil_div(n, 128);
+                const bool wide = wide_scales(scale_a, scale_a_stride, a_rows, t.a_row) &&
+                                  (SCALE_B_BLOCK || wide_scales(scale_b, scale_b_stride, b_rows, t.b_row));
+                // Columns past N exist in the tile but not in D: any scale of the group will do.
+                const int next = OUTPUT == OUTPUT_SWIGLU ? lane * (n_blocks / 2) : lane;
+                const int block = min(t.column / 128 + next, n_blocks - 1) + scheduler.group * n_blocks;
+                const float* source_a = scale_a + (i64)t.k_block * scale_a_stride + t.a_row;
+                const float* source_b = SCALE_B_BLOCK ? scale_b + (i64)block * scale_b_stride + t.k_block
+                                                      : scale_b + (i64)t.k_block * scale_b_stride + t.b_row;
 #pragma unroll 1  // the producers have few registers
-                for (int kb = t.k_block; kb < t.k_block + t.num_k_blocks; ++kb, advance()) {
+                for (int kb = 0; kb < t.num_k_blocks; ++kb, advance()) {
                     mbarrier_wait(empty(stage), phase ^ 1);
                     const u32 sa = base + SCALES_AT + stage * SCALE_STAGE * 4, sb = sa + BLOCK_M * 4;
-#pragma unroll 2
-                    for (int i = lane; i < BLOCK_M; i += 32)
-                        cp_async_4(sa + i * 4, scale_a + (i64)kb * scale_a_stride + t.a_row + i, t.a_row + i < a_rows);
-                    if (SCALE_B_BLOCK) {
-                        // Columns past N exist in the tile but not in D: any scale of the group will do.
-                        const int block = min(t.column / 128 + lane, n_blocks - 1) + scheduler.group * n_blocks;
-                        const float* source = scale_b + (i64)block * scale_b_stride + kb;
-                        if (lane < NUM_B_SCALES) cp_async_4(sb + lane * 4, source, true);
-                    } else {
-                        const float* source = scale_b + (i64)kb * scale_b_stride + t.b_row;
-#pragma unroll 2
-                        for (int i = lane; i < BLOCK_N; i += 32)
-                            cp_async_4(sb + i * 4, source + i, t.b_row + i < b_rows);
-                    }
+                    copy_scales<BLOCK_M>(sa, source_a, a_rows - t.a_row, wide);
+                    if (!SCALE_B_BLOCK)
+                        copy_scales<BLOCK_N>(sb, source_b, b_rows - t.b_row, wide);
+                    else if (lane < NUM_B_SCALES)
+                        cp_async_4(sb + lane * 4, source_b, true);
+                    source_a += scale_a_stride;
+                    source_b += SCALE_B_BLOCK ? 1 : scale_b_stride;
                     cp_async_arrive(full(stage));
                 }
             }

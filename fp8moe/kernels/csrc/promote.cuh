@@ -13,6 +13,24 @@
 constexpr int NUM_B_SCALES = SCALE_B_BLOCK ? (BLOCK_N + 127) / 128 : BLOCK_N;
 constexpr int SCALE_STAGE = BLOCK_M + (NUM_B_SCALES + 3) / 4 * 4;  // floats
 
+// Whether the scales of rows `row` on may be copied 16 bytes at a time.
+DEVICE bool wide_scales(const float* scale, int stride, int rows, int row) {
+    return reinterpret_cast<u64>(scale) % 16 == 0 && (stride | rows | row) % 4 == 0;
+}
+
+// COUNT scales by one warp, zeros from `valid` on.
+template <int COUNT>
+DEVICE void copy_scales(u32 dst, const float* src, int valid, bool wide) {
+    const int lane = threadIdx.x % 32;
+    if (wide) {
+#pragma unroll 1  // the producers have few registers
+        for (int i = lane * 4; i < COUNT; i += 128) cp_async_16(dst + i * 4, src + i, i < valid);
+    } else {
+#pragma unroll 2
+        for (int i = lane; i < COUNT; i += 32) cp_async_4(dst + i * 4, src + i, i < valid);
+    }
+}
+
 // Columns of an accumulator that are sure to share one scale of B. A tile of 192 columns may start in the middle of a
 // 128-block.
 constexpr int SCALE_RUN = BLOCK_N % 128 != 0 && BLOCK_N > 128 ? 64 : 128;

@@ -1,10 +1,7 @@
 // One small wrapper per PTX instruction that the GEMM uses, each naming its section of the PTX ISA.
 // Header-free on purpose: a cold NVRTC compile then takes a fraction of a second.
 #pragma once
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
+#include "numerics.cuh"
 
 // Same size and alignment as CUtensorMap (CUDA 13 declares 128 bytes).
 struct alignas(128) TensorMap { u64 opaque[16]; };
@@ -51,15 +48,24 @@ DEVICE void tma_store(const TensorMap* map, u32 src, int x, int y) {
                  "r"(x), "r"(y)
                  : "memory");
 }
+// The same, adding to what is there: FP32, done at the L2, one owner per address and so deterministic.
+DEVICE void tma_add(const TensorMap* map, u32 src, int x, int y) {
+    asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+                 "r"(src), "r"(x), "r"(y)
+                 : "memory");
+}
 DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int PENDING>  // returns once at most the newest PENDING groups may still read their sources
 DEVICE void bulk_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
 DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }  // 9.7.13.4 membar
-// cp.async (9.7.9.25.3.1): 4 bytes, or 4 zero bytes where `valid` is false (the source is then not read).
+// cp.async (9.7.9.25.3.1): 4 or 16 bytes, zeros where `valid` is false (the source is then not read).
 DEVICE void cp_async_4(u32 dst, const void* src, bool valid) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(valid ? 4 : 0) : "memory");
+}
+DEVICE void cp_async_16(u32 dst, const void* src, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(valid ? 16 : 0) : "memory");
 }
 // This thread's arrival on `bar` once all its cp.async have landed (9.7.13.15.17; noinc: counted by init).
 DEVICE void cp_async_arrive(u32 bar) {
@@ -151,11 +157,6 @@ DEVICE void release_registers() {
 }
 
 // ---- epilogue -------------------------------------------------------------------------------------------------------
-DEVICE u32 pack_bf16(float low, float high) {  // 9.7.9.22 cvt
-    u32 r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    return r;
-}
 DEVICE void store_matrix_x4(u32 dst, u32 r0, u32 r1, u32 r2, u32 r3) {  // 9.7.14.5.16 stmatrix
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(dst), "r"(r0), "r"(r1),
                  "r"(r2), "r"(r3)

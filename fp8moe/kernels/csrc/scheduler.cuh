@@ -8,6 +8,8 @@
 #include "ptx.cuh"
 
 enum { DENSE = 0, M_GROUPED = 1, MASKED = 2, K_GROUPED = 3 };
+// What becomes of a tile. OUTPUT_SWIGLU: B[g] is [gate | up], and a tile has BLOCK_N / 2 columns of each.
+enum { OUTPUT_BF16 = 0, OUTPUT_F32 = 1, OUTPUT_ADD = 2, OUTPUT_SWIGLU = 3 };
 
 DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -20,7 +22,7 @@ struct Problem {
 
 struct Tile {
     int a_row, b_row;       // first row of each operand
-    int column;             // first output column
+    int column;             // first output column; OUTPUT_SWIGLU: of the gate, and of up n / 2 further on
     i64 d_row;              // first output row
     int rows;               // output rows of the tile that exist; may be zero or negative
     int k_block;            // first 128-block along the contraction
@@ -36,12 +38,6 @@ DEVICE void group_rows(const Problem& p, int limit, int g, int& start, int& end)
         start = g == 0 ? 0 : min(max(__ldg(p.groups + g - 1), 0), limit);
         end = min(max(__ldg(p.groups + g), start), limit);
     }
-}
-
-DEVICE void report(int* status, int code, int index, int value, int limit) {
-    status[1] = index, status[2] = value, status[3] = limit;
-    __threadfence_system();
-    status[0] = code;
 }
 
 // Inclusive prefix sums over groups, by one warp: of tiles along m (M_GROUPED, MASKED) or of 128-blocks (K_GROUPED).
@@ -106,7 +102,7 @@ struct Scheduler {
         const int band_width = min(p.band, tiles_m - band_start);
         const int in_band = local - band_start * tiles_n;
         const int m0 = (band_start + in_band % band_width) * BLOCK_M;
-        const int n0 = in_band / band_width * BLOCK_N;
+        const int n0 = in_band / band_width * (OUTPUT == OUTPUT_SWIGLU ? BLOCK_N / 2 : BLOCK_N);
 
         Tile t;
         t.column = n0;

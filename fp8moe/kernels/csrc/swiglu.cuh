@@ -62,9 +62,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       u32 gj = word_of(g[i], j), uj = word_of(u[i], j);
-      float low = bf16_low(gj), high = bf16_high(gj);
-      aw[i][j] = pack_bf16(p * (low * sigmoid(low) * bf16_low(uj)),
-                           p * (high * sigmoid(high) * bf16_high(uj)));
+      aw[i][j] = pack_bf16(p * swiglu(bf16_low(gj), bf16_low(uj)),
+                           p * swiglu(bf16_high(gj), bf16_high(uj)));
     }
   }
   u32 max01 = amax_bf16x8(aw[0]) | amax_bf16x8(aw[1]) << 16;

@@ -17,6 +17,7 @@ from fp8moe.kernels.reference.gemm import (
     k_grouped_gemm,
     m_grouped_gemm_nt,
     m_grouped_gemm_nt_masked,
+    m_grouped_gemm_swiglu,
 )
 from fp8moe.kernels.reference.permute import (
     cast_permute,
@@ -54,6 +55,7 @@ __all__ = [
     "k_grouped_gemm",
     "m_grouped_gemm_nt",
     "m_grouped_gemm_nt_masked",
+    "m_grouped_gemm_swiglu",
     "permute_fp8",
     "permute_fp8_both",
     "permute_fp8_to_channel",

@@ -1,4 +1,4 @@
-"""The four GEMMs: dequantize each operand once, one FP32 matmul per group."""
+"""The GEMMs: dequantize each operand once, one FP32 matmul per group."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from fp8moe.kernels.fp8tensor import BLOCK, ceil_div
 from fp8moe.kernels.reference import groups
 from fp8moe.kernels.reference.dequantize import dequantize_per_block, dequantize_per_token
+from fp8moe.kernels.reference.swiglu import swiglu_cast_both
 
 
 def gemm_nt(
@@ -36,6 +37,22 @@ def m_grouped_gemm_nt(
         if hi > lo:
             x = dequantize_per_token(a[lo:hi], a_scale[lo:hi])
             out[lo:hi] = x @ dequantize_per_block(b[g], b_scale[g]).t()
+
+
+def m_grouped_gemm_swiglu(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    group_ends: torch.Tensor,
+    topk_weights: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    pow2: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """swiglu_cast_both(m_grouped_gemm_nt(a, b))."""
+    h = torch.empty((a.shape[0], b.shape[1]), dtype=torch.bfloat16, device=a.device)
+    m_grouped_gemm_nt(a, a_scale, b, b_scale, group_ends, h)
+    return swiglu_cast_both(h, topk_weights, slot_of_row, pow2)
 
 
 def m_grouped_gemm_nt_masked(

@@ -1,4 +1,4 @@
-"""The `emulated` fixture: the memory-bound kernels' own source, compiled for the CPU and run there.
+"""The `emulated` fixture: the kernels' own source, compiled for the CPU and run there.
 
 Without a GPU this executes the real index arithmetic, masks, shuffles and rounding, and the Python
 code that launches them. See emulator.h for what it can and cannot show.
@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import re
 import shutil
+import struct
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from fp8moe.kernels import jit, launch, status
+from fp8moe.kernels import gemm, jit, launch, status, tma
 
 HEADER = Path(__file__).with_name("emulator.h")
 # Misaligned vector accesses work on this CPU and fault on the GPU: emulator.h has the handler.
@@ -74,9 +75,46 @@ PTX = {
     "st.global.cs.f32 [%0], %1;": "emulator::write<float>(%0, %1)",
     "cp.async.cg.shared.global [%0], [%1], 16, %2;": "emulator::copy_async<uint4>(%0, %1, %2)",
     "cp.async.ca.shared.global [%0], [%1], 8, %2;": "emulator::copy_async<uint2>(%0, %1, %2)",
+    "{ .reg .pred valid; setp.ne.s32 valid, %5, 0; "
+    "@valid st.global.v4.u32 [%0], {%1, %2, %3, %4}; }": (
+        "if (%5) emulator::write(%0, make_uint4(%1, %2, %3, %4))"
+    ),
+    "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};": (
+        "emulator::store_matrix(%0, {%1, %2, %3, %4})"
+    ),
     "cp.async.commit_group;": "",
     "cp.async.wait_group %0;": "",
 }
+
+# The asynchronous instructions, by a part of their text; in terms of the names that csrc/ptx.cuh
+# gives its parameters.
+ASYNCHRONOUS = {
+    "mbarrier.init": "emulator::barrier_init(bar, count)",
+    "mbarrier.arrive.expect_tx": "emulator::barrier_update(bar, 1, bytes)",
+    "mbarrier.arrive.shared": "emulator::barrier_update(bar, 1, 0)",
+    "mbarrier.try_wait": "emulator::barrier_wait(bar, parity)",
+    "cp.async.mbarrier.arrive.noinc": "emulator::barrier_update(bar, 1, 0)",
+    "cp.async.ca.shared.global [%0], [%1], 4, %2": (
+        "emulator::copy_async<unsigned>(dst, src, valid ? 4 : 0)"
+    ),
+    "cp.async.bulk.tensor.2d.shared": "emulator::tma_load(dst, map, x, y, bar)",
+    "cp.async.bulk.tensor.2d.global": "emulator::tma_store(map, src, x, y)",
+    "cp.reduce.async.bulk.tensor.2d.global": "emulator::tma_add(map, src, x, y)",
+    "wgmma.mma_async": "emulator::wgmma(d, a, b, accumulate)",
+    "red.relaxed.gpu.global.add.v4": "dst[0] += v.x, dst[1] += v.y, dst[2] += v.z, dst[3] += v.w",
+} | dict.fromkeys(
+    (
+        "fence.",
+        "prefetch.tensormap",
+        "cp.async.bulk.commit_group",
+        "cp.async.bulk.wait_group",
+        "wgmma.fence",
+        "wgmma.commit_group",
+        "wgmma.wait_group",
+        "setmaxnreg",
+    ),
+    "",
+)
 
 _ASM = re.compile(r"\basm\s*(?:volatile)?\s*\(")
 _ENTRY = re.compile(
@@ -119,6 +157,9 @@ def _meaning(asm: str) -> str:
     template, *operands = _split(asm, ":")
     strings = "".join(_STRING.findall(template)).replace("\\n", " ")
     ptx = " ".join(strings.split())
+    for part, meaning in ASYNCHRONOUS.items():
+        if part in ptx:
+            return f"do {{ {meaning}; }} while (0)"
     if ptx not in PTX:
         raise NotImplementedError(f"{Path(__file__).name}: PTX has no meaning for {ptx!r}")
     values = [
@@ -166,8 +207,9 @@ def host_source(spec: jit.KernelSpec) -> str:
 class EmulatedKernel:
     """Called like `launch.Kernel`, with CPU tensors."""
 
-    def __init__(self, library: ctypes.CDLL, entry: str) -> None:
+    def __init__(self, library: ctypes.CDLL, entry: str, readable: list[torch.Tensor]) -> None:
         self.entry = entry
+        self._readable = readable
         self._library = library
         self._run = getattr(library, f"run_{entry}")
         self._run.restype = ctypes.c_char_p
@@ -194,7 +236,7 @@ class EmulatedKernel:
         frame.fill(values)
         allow = self._library.readable
         allow(ctypes.c_size_t(0), ctypes.c_size_t(0))
-        for tensor in tensors:
+        for tensor in (*tensors, *self._readable):
             if tensor.numel():
                 storage = tensor.untyped_storage()
                 allow(ctypes.c_size_t(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()))
@@ -219,7 +261,8 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Callable:
         assert done.returncode == 0, done.stderr[:4000]
 
     # Precompiled: the standard headers are most of the compile time.
-    shutil.copy(HEADER, directory)
+    for header in HEADER.parent.glob("*.h"):
+        shutil.copy(header, directory)
     compile("-x", "c++-header", HEADER.name, "-o", f"{HEADER.name}.gch")
 
     def library(spec: jit.KernelSpec) -> ctypes.CDLL:
@@ -234,6 +277,23 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Callable:
         return libraries[name]
 
     return library
+
+
+def fake_tensor_map(
+    pointer: int,
+    *,
+    dtype: str,
+    rows: int,
+    cols: int,
+    row_stride_bytes: int,
+    box_rows: int,
+    box_cols: int,
+    swizzle: int,
+) -> tma.TensorMap:
+    """Stands in for `tma.tensor_map`: struct FakeMap of tensor_core.h."""
+    element = {"u8": 1, "bf16": 2, "f32": 4}[dtype]
+    values = (pointer, rows, cols, row_stride_bytes, box_rows, box_cols, element, swizzle)
+    return tma.TensorMap(struct.pack("8q", *values).ljust(tma.TENSOR_MAP_BYTES, b"\0"))
 
 
 GUARD = 0xA5
@@ -273,13 +333,14 @@ def emulated(
     """`words = emulated(*modules)` makes their CUDA implementations run on CPU tensors.
 
     Outputs are full of poison, and a write outside of one fails the test. `words` is the status
-    buffer.
+    buffer. `emulated.readable` lists what kernels may read beside the tensors that they are given.
     """
+    readable: list[torch.Tensor] = []
     memory = GuardedMemory()
     words = torch.zeros(status.WORDS, dtype=torch.int32)
 
     def load(spec: jit.KernelSpec) -> EmulatedKernel:
-        return EmulatedKernel(emulated_library(spec), spec.entry)
+        return EmulatedKernel(emulated_library(spec), spec.entry, readable)
 
     def new_empty(
         like: torch.Tensor, size: Sequence[int], *, dtype: torch.dtype | None = None, **_: Any
@@ -294,6 +355,8 @@ def emulated(
 
     def start(*modules: ModuleType) -> torch.Tensor:
         monkeypatch.setattr(jit, "load", load)
+        monkeypatch.setattr(tma, "tensor_map", fake_tensor_map)
+        monkeypatch.setattr(gemm, "num_sms", lambda device: 3)
         monkeypatch.setattr(status, "pointer", lambda device: words.data_ptr())
         monkeypatch.setattr(torch, "empty", memory.empty)
         monkeypatch.setattr(torch, "empty_strided", empty_strided)
@@ -304,5 +367,6 @@ def emulated(
                     monkeypatch.setattr(module, name, value.__wrapped__)
         return words
 
+    start.readable = readable  # type: ignore[attr-defined]
     yield start
     memory.check()

@@ -1,4 +1,4 @@
-// Enough of a GPU to run a memory-bound kernel on the CPU: one thread block at a time, every CUDA
+// Enough of a GPU to run the kernels on the CPU: one thread block at a time, every CUDA
 // thread a coroutine that runs until it meets a barrier or a warp-wide exchange.
 //
 // What it shows: that indices, masks, exchanges and arithmetic are right, and that no read checked
@@ -7,12 +7,14 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <tuple>
 #include <type_traits>
@@ -22,6 +24,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 
@@ -36,6 +39,7 @@ struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace emulator {
@@ -57,6 +61,8 @@ struct Meeting {
 
 inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
+inline unsigned progress;  // arrivals so far: when a pass over all threads adds none, none will ever come
+void start_block();
 inline std::function<void()> body;
 inline int current, threads;
 inline Meeting warps[32], block;
@@ -92,6 +98,7 @@ extern "C" __attribute__((weak, visibility("hidden"))) void __ubsan_handle_type_
 inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
 
 inline void meet(Meeting& m, int expected) {
+  ++progress;
   unsigned round = m.round;
   if (++m.present == expected) {
     m.present = 0;
@@ -124,6 +131,7 @@ template <class T> T cooked(uint64_t bits) {
 inline void thread_main() {
   body();
   fibers[current].done = true;
+  ++progress;
   for (;;) swapcontext(&fibers[current].context, &scheduler);
 }
 
@@ -144,6 +152,7 @@ inline bool launch(Dim3 grid, int num_threads, std::function<void()> kernel) {
         block = Meeting();
         for (auto& warp : warps) warp = Meeting();
         memset(dynamic_shared, 0xA5, sizeof dynamic_shared);
+        start_block();
         for (auto& fiber : fibers) {
           fiber.done = false;
           getcontext(&fiber.context);
@@ -153,8 +162,9 @@ inline bool launch(Dim3 grid, int num_threads, std::function<void()> kernel) {
           makecontext(&fiber.context, thread_main, 0);
         }
         bool running = true;
-        for (int pass = 0; running; ++pass) {
+        while (running) {
           running = false;
+          unsigned before = progress;
           for (current = 0; current < num_threads; ++current) {
             if (fibers[current].done) continue;
             thread_index = {(unsigned)current, 0, 0};
@@ -162,7 +172,7 @@ inline bool launch(Dim3 grid, int num_threads, std::function<void()> kernel) {
             if (failed) return false;
             running = running || !fibers[current].done;
           }
-          if (pass > 100000) {
+          if (progress == before) {
             snprintf(message, sizeof message, "deadlock in block (%u, %u, %u)", x, y, z);
             return false;
           }
@@ -171,11 +181,16 @@ inline bool launch(Dim3 grid, int num_threads, std::function<void()> kernel) {
   return true;
 }
 
+template <class T> T load(const void* from) {  // aligned for the driver, which may be less than T
+  T value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
 // Calls a kernel with arguments given as the driver takes them: an array of addresses.
 template <class... Args, size_t... I>
 bool call(void (*kernel)(Args...), void** args, Dim3 grid, int num_threads,
           std::index_sequence<I...>) {
-  auto values = std::make_tuple(*(std::remove_cv_t<Args>*)args[I]...);
+  auto values = std::make_tuple(load<std::remove_cv_t<Args>>(args[I])...);
   return launch(grid, num_threads, [=] { std::apply(kernel, values); });
 }
 template <class... Args>
@@ -281,12 +296,25 @@ inline uint4 read_if(const void* address, int wanted) {
 inline unsigned shared_address(const void* p) {
   return (unsigned)((intptr_t)p - (intptr_t)dynamic_shared);
 }
+// Four 8 x 8 matrices of 16-bit values: lane 8 i + r has the address of row r of matrix i, and each
+// lane two neighbouring values of row lane / 4 of all four.
+inline void store_matrix(unsigned address, const std::array<unsigned, 4>& values) {
+  const uint64_t* rows = exchange(address);
+  int lane = current % 32;
+  for (int i = 0; i < 4; ++i) {
+    unsigned row = (unsigned)rows[8 * i + lane / 4];
+    if (row % 16) fail("misaligned row of a matrix", nullptr, row);
+    write((char*)dynamic_shared + (int)row + lane % 4 * 4, values[i]);
+  }
+}
 template <class T> void copy_async(unsigned shared, const void* global, int bytes) {
   T value = bytes ? read<T>(global) : T{};
   write((char*)dynamic_shared + (int)shared, value);
 }
 
 }  // namespace emulator
+
+#include "tensor_core.h"
 
 #define threadIdx emulator::thread_index
 #define blockIdx emulator::block_index

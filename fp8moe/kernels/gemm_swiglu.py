@@ -1,0 +1,198 @@
+"""SwiGLU and its casts in the epilogue of the GEMM that makes their input: h is never stored."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+
+import torch
+
+from fp8moe.kernels import gemm, heuristics, jit, launch, operands, reference, registry, status
+from fp8moe.kernels.arguments import check_multiple, check_slot_of_row, check_tensor
+from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, FP8Tensor, empty_scale
+from fp8moe.kernels.heuristics import Grouping, Output, Problem, Tile
+
+Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+TILE = Tile(128, 256)
+"""128 rows of 128 columns of the gate and the same of up."""
+
+_OUTPUT_SWIGLU = 3  # as in csrc/scheduler.cuh
+
+
+def spec(pow2: bool, groups: int) -> jit.KernelSpec:
+    """The compiled configuration for this many groups."""
+    return jit.KernelSpec(
+        "gemm.cuh",
+        "gemm",
+        (
+            ("GROUPING", int(Grouping.M_GROUPED)),
+            ("SCALE_B_BLOCK", 1),
+            ("OUTPUT", _OUTPUT_SWIGLU),
+            ("BLOCK_M", TILE.block_m),
+            ("BLOCK_N", TILE.block_n),
+            # Two panels of staging a warp, as for BF16, hence the same stages and shared memory.
+            ("STAGES", TILE.stages(True, groups)),
+            ("ASYNC_STORE", 0),
+            ("POW2", int(pow2)),
+        ),
+        hold_operands=True,
+    )
+
+
+def kernel_specs() -> list[jit.KernelSpec]:
+    """Every kernel configuration that this module can launch."""
+    return [spec(pow2, n) for pow2 in (False, True) for n in (1, heuristics.MAX_GROUPS)]
+
+
+@functools.cache
+def _kernel(pow2: bool, groups: int) -> launch.Kernel:
+    return jit.load(spec(pow2, groups))
+
+
+@functools.lru_cache(maxsize=4096)
+def _walk(m: int, n: int, k: int, groups: int, sms: int) -> tuple[int, int]:
+    """Tiles along m that are walked together, and the CTAs of the grid."""
+    p = Problem(Grouping.M_GROUPED, Output.BF16, m, n, k, groups)
+    return heuristics.band(p, TILE, sms), min(sms, heuristics.max_tiles(p, TILE))
+
+
+def _cuda(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    group_ends: torch.Tensor,
+    topk_weights: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    pow2: bool,
+) -> Four:
+    out = _fake(a, a_scale, b, b_scale, group_ends, topk_weights, slot_of_row, pow2)
+    _launch(a, a_scale, b, b_scale, group_ends, topk_weights, slot_of_row, pow2, out)
+    return out
+
+
+def _launch(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    group_ends: torch.Tensor,
+    topk_weights: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    pow2: bool,
+    out: Four,
+) -> None:
+    m, k = a.shape
+    groups, n, _ = b.shape
+    if m == 0:
+        return
+    act, act_scale, h, h_scale = out
+    band, grid = _walk(m, n, k, groups, gemm.num_sms(a.get_device()))
+    map_a = gemm.operand_map(a, TILE.block_m)
+    # struct Destination of csrc/epilogue_swiglu.cuh.
+    destination = struct.pack(
+        "@PPPPPPi4x",
+        act.data_ptr(),
+        act_scale.data_ptr(),
+        h.data_ptr(),
+        h_scale.data_ptr(),
+        topk_weights.data_ptr(),
+        slot_of_row.data_ptr(),
+        act_scale.stride(1),
+    )
+    _kernel(pow2, groups)(
+        grid,
+        128 * (TILE.consumers + 1),
+        [
+            map_a,
+            gemm.operand_map(b, TILE.block_n // 2),
+            map_a,  # of a BF16 output; the kernel does not look at it
+            a_scale,
+            b_scale,
+            destination,
+            group_ends,
+            ctypes.c_void_p(status.pointer(a.device)),
+            m,
+            n,
+            k,
+            groups,
+            band,
+            m,
+            groups * n,
+            gemm.block_stride(a_scale),
+            b_scale.shape[-1],
+        ],
+        smem=TILE.shared_memory(True, groups),
+    )
+
+
+def _fake(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    group_ends: torch.Tensor,
+    topk_weights: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    pow2: bool,
+) -> Four:
+    rows, n = a.shape[0], b.shape[1]
+    return (
+        a.new_empty((rows, n // 2), dtype=FP8_DTYPE),
+        empty_scale(rows, n // 2 // BLOCK, a.device),
+        a.new_empty((rows, n), dtype=FP8_DTYPE),
+        empty_scale(rows, n // BLOCK, a.device),
+    )
+
+
+_m_grouped_gemm_swiglu = registry.define_op(
+    "m_grouped_gemm_swiglu(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor group_ends,"
+    " Tensor topk_weights, Tensor slot_of_row, bool pow2) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=reference.m_grouped_gemm_swiglu,
+    cuda=_cuda,
+    fake=_fake,
+)
+
+
+def m_grouped_gemm_swiglu(
+    a: FP8Tensor,
+    b: FP8Tensor,
+    group_ends: torch.Tensor,
+    topk_weights: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    pow2: bool,
+) -> Four:
+    """swiglu_cast_both(h), h[m, n] = sum_k A[m, k] B[g(m), n, k] rounded to BF16, bit for bit.
+
+    Args:
+        a: data (Rcap, K) float8_e4m3fn, scale (Rcap, ceil(K/128)) MN-major: rows in expert order.
+        b: data (E, 2I, K), gate rows then up rows, I a multiple of 128; scale
+            (E, 2I/128, ceil(K/128)).
+        group_ends: (E,) int32 on the device, non-decreasing, at most Rcap. Groups of any size.
+        topk_weights: (T, K) float32, contiguous.
+        slot_of_row: (Rcap,) int32 from `route`; rows with a negative one are padding.
+        pow2: round scales up to powers of two.
+
+    Returns: the activation (Rcap, I) and its scale (Rcap, I/128) MN-major; h (Rcap, 2I)
+        float8_e4m3fn and its scale (Rcap, 2I/128). Padding has zero data and the floor scale; rows
+        from ``group_ends[-1]`` on are not written.
+
+    Raises: ValueError naming the argument, what was expected and what came. Bad ``group_ends`` are
+        found on the device and raised by a later operator or ``fp8moe.check_errors``.
+    """
+    operands.check_data("a", a.data, 2)
+    operands.check_data("b", b.data, 3)
+    operands.check_pair(a, b)
+    m, (e, n, _) = a.data.shape[0], b.data.shape
+    check_multiple("b.data: rows of an expert (2I)", n, 2 * BLOCK)
+    operands.check_n(n)
+    operands.check_row_scale("a", a)
+    operands.check_block_scale("b", b)
+    device = a.data.device
+    operands.check_groups("group_ends", group_ends, e, device)
+    check_slot_of_row(slot_of_row, device)
+    check_tensor("slot_of_row", slot_of_row, (m,), (torch.int32,))
+    check_tensor("topk_weights", topk_weights, (None, None), (torch.float32,), device)
+    return _m_grouped_gemm_swiglu(*a, *b, group_ends, topk_weights, slot_of_row, pow2)
