@@ -71,8 +71,8 @@ def _departure(
 
 
 # Compiled norms round otherwise, which tips casts to FP8 and choices of expert. Eager models whose
-# norms' outputs were off by a relative 0.001, half a BF16 step, departed by 0.09 at most (6 seeds, 3
-# draws of the error each; four times the error: 0.12), the planted errors below by 0.4 at least.
+# norms' outputs were off by a relative 0.001, half a BF16 step, departed by 0.09 at most (6 seeds,
+# 3 draws of the error each; four times the error: 0.12), the planted errors below by 0.4 at least.
 BOUND = 0.25
 
 
