@@ -46,6 +46,7 @@ class Config:
 
     ep: int = _option(1, "processes that share the batches and the experts (see parallel.py)")
 
+    nudge: float = _option(0.0, "relative error of the first weights: shows what chance does")
     lr: float = _option(1e-3, "peak learning rate")
     min_lr: float = _option(0.1, "last learning rate, as a share of the peak")
     warmup_steps: int = _option(45, "steps of linear warm-up before the cosine")
@@ -57,6 +58,9 @@ class Config:
     z_loss: float = _option(0.001, "weight of the router's z-loss")
 
     pow2_scales: bool = _option(True, "round FP8 scales, of weights too, up to powers of two")
+    fp8_gemms: str = _option(
+        "all", "which GEMMs the FP8 model has in FP8", ("all", "fprop", "dgrad", "wgrad")
+    )
     save: Save = _option("bf16", "what FP8 experts keep for backward", ("bf16", "fp8", "recompute"))
 
     compile: bool = _option(False, "torch.compile around the FP8 experts (see the README)")
@@ -152,8 +156,10 @@ class Config:
                     f"--{option(name)}: expected a multiple of --ep ({self.ep}), "
                     f"got {getattr(self, name)}"
                 )
-        if self.compile and self.ep > 1:
-            raise UserError(f"--compile: expected --ep 1, got {self.ep}")
+        # Ranks draw fewer numbers for their experts, so the rest of the model would differ.
+        for name in ("compile", "nudge"):
+            if getattr(self, name) and self.ep > 1:
+                raise UserError(f"--{name}: expected --ep 1, got {self.ep}")
         if self.warmup_steps >= self.steps:
             raise UserError(
                 f"--warmup-steps: expected fewer than --steps ({self.steps}), "
@@ -174,8 +180,8 @@ _POSITIVE = (
     "keep", "temperature",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "warmup_steps", "weight_decay", "balance_loss", "z_loss", "observe_every", "sample_bytes",
-    "checkpoint_every",
+    "nudge", "warmup_steps", "weight_decay", "balance_loss", "z_loss", "observe_every",
+    "sample_bytes", "checkpoint_every",
 )  # fmt: skip
 
 

@@ -113,7 +113,8 @@ class LanguageModel(nn.Module):
     """Next-byte model: embedding, blocks, norm, and the embedding again as output layer.
 
     The residual stream is FP32; under autocast attention runs in BF16 and the experts in
-    ``precision``: "fp8" for all three GEMMs in FP8, "bf16" for none.
+    ``precision``: "fp8" for all three GEMMs in FP8 (or the one of ``config.fp8_gemms``), "bf16" for
+    none.
 
     With ``ep_group`` its ranks share the experts of each layer.
 
@@ -129,6 +130,9 @@ class LanguageModel(nn.Module):
         if precision == "fp8":
             pow2 = config.pow2_scales
             experts = fp8moe.FP8Config(pow2_scales=pow2, pow2_weight_scales=pow2, save=config.save)
+            if config.fp8_gemms != "all":
+                others = {"fprop", "dgrad", "wgrad"} - {config.fp8_gemms}
+                experts = experts.replace(**dict.fromkeys(others, "bf16"))
         self.embedding = nn.Embedding(VOCABULARY, config.d_model)
         blocks = [Block(config, experts, ep_group) for _ in range(config.layers)]
         self.blocks = nn.ModuleList(blocks)
@@ -141,6 +145,12 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embedding.weight, std=std)
         for block in blocks:
             block.reset_parameters(std, std / math.sqrt(2 * config.layers))
+
+    @torch.no_grad()
+    def nudge(self, share: float) -> None:
+        """w (1 + share n) for every weight w, n normal: the same training, another run."""
+        for weight in self.parameters():
+            weight.mul_(1 + share * torch.randn_like(weight))
 
     def compile_parts(self, backend: str = "inductor") -> None:
         """Has torch.compile fuse what the blocks make of torch's own operators."""

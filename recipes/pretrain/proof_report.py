@@ -16,6 +16,8 @@ from .report import TOLERANCE, last_quarter
 BASE = "bf16"  # the setting that all others are held against
 COLORS = {
     "bf16": "#4477aa", "fp8": "#ee6677", "fp8-save-bf16": "#228833", "fp8-no-pow2": "#aa3377",
+    "bf16-nudged": "#bbbbbb", "fp8-fprop": "#ccbb44", "fp8-dgrad": "#66ccee",
+    "fp8-wgrad": "#000000",
 }  # fmt: skip
 STYLES = ("-", "--", ":", "-.")
 
@@ -72,6 +74,15 @@ class Difference:
             *(statistics.fmean(v) for v in zip(*map(dataclasses.astuple, listed), strict=True))
         )
 
+    @classmethod
+    def error(cls, several: Iterable[Difference]) -> Difference | None:
+        """The standard error of the mean, from how far the seeds are apart; None for one seed."""
+        listed = list(several)
+        if len(listed) < 2:
+            return None
+        columns = zip(*map(dataclasses.astuple, listed), strict=True)
+        return cls(*(statistics.stdev(v) / len(listed) ** 0.5 for v in columns))
+
 
 def by_setting(runs: Runs) -> dict[str, dict[int, Result]]:
     """{setting: {seed: result}}, BF16 first, seeds in order."""
@@ -120,9 +131,11 @@ def summary(runs: Runs) -> dict[str, Any]:
             setting: {
                 "seeds": {str(seed): plain(d) for seed, d in seeds.items()},
                 "mean": plain(Difference.mean(seeds.values())),
+                "standard_error": plain(error) if error else None,
             }
             for setting, seeds in differences.items()
             if seeds
+            for error in [Difference.error(seeds.values())]
         },
         "difference_between_bf16_seeds": {
             str(seed): plain(d) for seed, d in between_seeds(runs).items()
@@ -160,20 +173,24 @@ def _print_settings(runs: Runs, console: Any) -> None:
 
     results = by_setting(runs)
     base = results.get(BASE, {})
-    table = Table(title=f"Against BF16 of the same seed, mean over seeds; bar {TOLERANCE:.2%}")
+    title = f"Against BF16 of the same seed, mean over seeds ± standard error; bar {TOLERANCE:.2%}"
+    table = Table(title=title)
     for name in ("setting", "seeds", "loss, last 1/4", "", "largest", "held out", "", "speed"):
         table.add_column(name, justify="right" if name else "left")
     for setting, seeds in against_base(runs).items():
         if not seeds:
             continue
-        mean = Difference.mean(seeds.values())
+        mean, error = Difference.mean(seeds.values()), Difference.error(seeds.values())
+        train, valid = f"{mean.train:+.3%}", f"{mean.valid:+.3%}"
+        if error:
+            train, valid = f"{train} ± {error.train:.3%}", f"{valid} ± {error.valid:.3%}"
         largest = max((d.train for d in seeds.values()), key=abs)
         speed = statistics.fmean(
             results[setting][s].tokens_per_s / base[s].tokens_per_s for s in seeds
         )
         table.add_row(
-            setting, ", ".join(map(str, seeds)), f"{mean.train:+.3%}", _verdict(mean.train),
-            f"{largest:+.3%}", f"{mean.valid:+.3%}", _verdict(mean.valid), f"{speed:.2f}x",
+            setting, ", ".join(map(str, seeds)), train, _verdict(mean.train),
+            f"{largest:+.3%}", valid, _verdict(mean.valid), f"{speed:.2f}x",
         )  # fmt: skip
     for seed, d in between_seeds(runs).items():
         row = f"BF16, seed {seed} to {next(iter(base))}"
@@ -190,8 +207,9 @@ def _print_text(
 ) -> None:
     read = config.steps * config.tokens_per_step
     console.print(
-        f"A seed draws the weights and the order of the text; all settings of a seed begin with "
-        f"the same weights and read the same batches.\n"
+        "A seed draws the weights and the order of the text; all settings of a seed begin with the "
+        "same weights (bf16-nudged: but for a thousandth) and read the same batches. The standard "
+        "error of two seeds is itself a guess.\n"
         f"{read:,} bytes read of {one['data']['train_bytes']:,} ({one['data']['source']}): "
         f"{end:.2f} passes, of which the last quarter of the steps {before:.2f} to {end:.2f}. "
         "Held-out text is never learned.\n"

@@ -44,6 +44,8 @@ class Twin:
         torch.manual_seed(mixed_seed("weights", config.seed))
         with self.device:
             self.model = LanguageModel(config, name, ranks.ep_group)
+        if config.nudge:
+            self.model.nudge(config.nudge)
         if config.compile:
             self.model.compile_parts()
         self._replica = ranks.replicate(self.model)

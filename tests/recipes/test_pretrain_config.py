@@ -66,6 +66,8 @@ def test_default_preset_suits_the_machine() -> None:
         ({"beta2": 1.0}, "--beta2: expected 0 to 1"),
         ({"checkpoint_every": -1}, "--checkpoint-every: expected 0 or more, got -1"),
         ({"compile": True, "ep": 2}, "--compile: expected --ep 1, got 2"),
+        ({"nudge": 1e-3, "experts": 8, "ep": 2}, "--nudge: expected --ep 1, got 2"),
+        ({"nudge": -1e-3}, "--nudge: expected 0 or more, got -0.001"),
     ],
 )
 def test_check_names_option_and_value(changes: dict, message: str) -> None:

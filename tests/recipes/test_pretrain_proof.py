@@ -15,10 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from recipes.pretrain import metrics, proof_report
-from recipes.pretrain.proof import PICTURE, PROOF, main
+from recipes.pretrain.model import Block, LanguageModel
+from recipes.pretrain.parallel import Ranks
+from recipes.pretrain.proof import PICTURE, PROOF, jobs, main
+from recipes.pretrain.twin import Twin
 
 ROOT = Path(__file__).parents[2]
 STEPS = 32
@@ -107,6 +111,33 @@ def test_settings_are_what_they_are_called(out: Path) -> None:
     assert (
         set(runs["fp8-s1"]["fp8_values"]) >= {"x", "dy"} and runs["bf16-s0"]["fp8_values"] is None
     )
+
+
+def _model(setting: str, seed: int = 0) -> LanguageModel:
+    (job,) = jobs([setting], [seed], "cpu", STEPS, RECIPE)
+    return Twin(*job.config.twins, job.config, Ranks()).model
+
+
+@pytest.mark.parametrize("gemm", ["fprop", "dgrad", "wgrad"])
+def test_one_gemm_in_fp8(gemm: str) -> None:
+    block = _model(f"fp8-{gemm}").blocks[0]
+    assert isinstance(block, Block)
+    others = {"fprop", "dgrad", "wgrad"} - {gemm}
+    config = block.moe.experts.config
+    assert getattr(config, gemm) == "fp8" and {getattr(config, o) for o in others} == {"bf16"}
+
+
+def test_nudged_weights_are_the_same_but_for_a_thousandth() -> None:
+    plain, nudged, again, other = (
+        _model(setting, seed).state_dict()
+        for setting, seed in (("bf16", 0), ("bf16-nudged", 0), ("bf16-nudged", 0), ("bf16", 1))
+    )
+    for name, weight in plain.items():
+        assert torch.equal(nudged[name], again[name])
+        error = float((nudged[name] - weight).norm() / weight.norm())
+        assert 0.5e-3 < error < 1.5e-3, name
+    name = "blocks.0.moe.experts.w13"
+    assert float((other[name] - plain[name]).norm() / plain[name].norm()) > 1
 
 
 def test_single_runs_stay_small(out: Path) -> None:
@@ -202,9 +233,23 @@ def test_verdict(gap: float, verdict: str) -> None:
     row = next(line for line in table.splitlines() if "0, 1" in line)
     other = {"within", "OUTSIDE"} - {verdict}
     assert row.count(verdict) == 2 and other.pop() not in row  # of the training and held-out losses
-    assert row.count(f"{gap:+.3%}") == 3
+    assert row.count(f"{gap:+.3%}") == 3 and row.count("± 0.000%") == 2
     assert "+1.000%" in table  # between the BF16 seeds
     assert "2.00 passes, of which the last quarter of the steps 1.50 to 2.00" in table
+
+
+def test_standard_error_is_of_the_differences_between_seeds() -> None:
+    runs = {
+        "a": _run("bf16", 0, 1.0), "b": _run("bf16", 1, 2.0), "c": _run("bf16", 2, 4.0),
+        "d": _run("fp8", 0, 1.01), "e": _run("fp8", 1, 2.0), "f": _run("fp8", 2, 3.96),
+        "g": _run("fp8-no-pow2", 0, 1.01),
+    }  # fmt: skip
+    found = proof_report.summary(runs)["difference_to_bf16"]
+    # Of +1, 0 and -1 %.
+    assert found["fp8"]["mean"]["train"] == pytest.approx(0, abs=1e-12)
+    assert found["fp8"]["standard_error"]["train"] == pytest.approx(0.01 / 3**0.5)
+    assert found["fp8-no-pow2"]["standard_error"] is None
+    assert "± 0.577%" in _tables(runs)
 
 
 def test_without_its_bf16_run_a_run_is_held_against_none() -> None:
