@@ -177,7 +177,8 @@ def _wgrad(s: Shape, output: heuristics.Output = heuristics.Output.F32) -> Case:
     rows, ends = sum(sizes), _ends(sizes)
     dy = torch.randn(rows, s.m, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(rows, s.n, device="cuda", dtype=torch.bfloat16)
-    a, b = quant.per_channel(dy, ends, pow2=True), quant.per_channel(x, ends, pow2=True)
+    a = quant.per_channel(dy, ends, pow2=True)
+    b = quant.per_channel(x, ends, pow2=True, block=True)
     dtype = torch.bfloat16 if output == heuristics.Output.BF16 else torch.float32
     out = torch.full((s.groups, s.m, s.n), float("nan"), device="cuda", dtype=dtype)
     problem = heuristics.Problem(

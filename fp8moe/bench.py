@@ -59,7 +59,8 @@ def _gemms() -> list[tuple[str, float, Callable[[], object]]]:
     dys = torch.randn(e * m, n, device="cuda", dtype=torch.bfloat16)
     ends = _ends(e, m)
     xs8, ws8 = quant.per_token(xs, pow2=True), quant.per_block(w.repeat(e, 1, 1), pow2=True)
-    dy_t, x_t = (quant.per_channel(t, ends, pow2=True) for t in (dys, xs))
+    dy_t = quant.per_channel(dys, ends, pow2=True)
+    x_t = quant.per_channel(xs, ends, pow2=True, block=True)
     grad = torch.zeros(e, n, k, device="cuda")
     return [
         (f"cuBLAS FP8 tensorwise {m}x{n}x{k}", flops, cublas),

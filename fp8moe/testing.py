@@ -112,7 +112,8 @@ def oracle_k_grouped_gemm(a_t: FP8Tensor, b_t: FP8Tensor, group_ends: torch.Tens
     """D[g, n, k] = sum_r A_t[n, r] * B_t[k, r] in FP64 over the columns r of group g.
 
     Args:
-        a_t: (N, R) per_channel, b_t: (K, R) per_channel: group g starts at a multiple of 128.
+        a_t: (N, R) per_channel, b_t: (K, R) the same with block scales: group g starts at a
+            multiple of 128.
         group_ends: (E,) integers, cumulative, without padding.
 
     Returns:

@@ -8,8 +8,9 @@ One expert's linear layer is y = x w^T, with x (m, K), w (N, K), y (m, N). Its t
 
 FP8 tensor cores read both operands along the summed dimension, and so do the scales, 128 elements
 each. x and dy are therefore cast twice, along their rows (per_token, 1x128) for fprop and dgrad and
-along tokens (per_channel, 128x1) for wgrad; w has 128x128 scales, which serve both directions, so
-its transpose is a transpose of bytes.
+along tokens for wgrad: dy with a scale per channel (per_channel, 128x1), x with one for 128
+channels (128x128). w has 128x128 scales, which serve both directions, so its transpose is a
+transpose of bytes. In each GEMM the second operand is the one with 128x128 scales.
 
 The SwiGLU expert layer, for token t with experts e = topk_ids[t, k] and weights p = topk_weights:
 

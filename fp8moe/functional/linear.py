@@ -13,7 +13,6 @@ from fp8moe.functional.arguments import check_grouped_linear
 from fp8moe.functional.autocast import autocast_off, result_dtype
 from fp8moe.functional.main_grad import bf16_wgrad, fp8_wgrad, owner
 from fp8moe.functional.observe import report
-from fp8moe.functional.saved import restore
 from fp8moe.functional.unfused import NoRows
 from fp8moe.functional.weight_cache import bf16_weight, fp8_weight, held, hold
 from fp8moe.kernels.cast import cast_per_channel, cast_per_token
@@ -67,7 +66,7 @@ class GroupedLinear(torch.autograd.Function):
             for_dgrad = (bf16_weight(w, cache=True) if cache else w, None)
         for_wgrad: tuple[Tensor | None, ...] = (x if need_w else None, None)
         if need_w and config.wgrad == "fp8" and config.save == "fp8":
-            for_wgrad = cast_per_channel(x, group_ends, config.pow2_scales)
+            for_wgrad = cast_per_channel(x, group_ends, config.pow2_scales, True)
         ctx.save_for_backward(group_ends, *for_dgrad, *for_wgrad, rows)
         ctx.config, ctx.kind = config, kinds[2]
         ctx.x_dtype, ctx.w_dtype = x.dtype, w.dtype
@@ -94,10 +93,10 @@ class GroupedLinear(torch.autograd.Function):
                 dx = bf16.grouped_dgrad(dy.bfloat16(), wb, group_ends).to(ctx.x_dtype)
             if need_w and config.wgrad == "fp8":
                 if x_scale is not None:
-                    x_t = restore(x, x_scale)
+                    x_t = FP8Tensor(x, x_scale.contiguous())
                 else:
-                    x_t = FP8Tensor(*cast_per_channel(x, group_ends, config.pow2_scales))
-                dy_t = FP8Tensor(*cast_per_channel(dy, group_ends, config.pow2_scales))
+                    x_t = FP8Tensor(*cast_per_channel(x, group_ends, config.pow2_scales, True))
+                dy_t = FP8Tensor(*cast_per_channel(dy, group_ends, config.pow2_scales, False))
                 dw = fp8_wgrad(dy_t, x_t, group_ends, ctx.w, ctx.w_dtype)
             elif need_w:
                 dw = bf16_wgrad(dy.bfloat16(), x.bfloat16(), group_ends, ctx.w, ctx.w_dtype)

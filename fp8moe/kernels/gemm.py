@@ -1,8 +1,8 @@
 """The four FP8 GEMMs: argument checks, operators and launches of csrc/gemm.cuh.
 
 All compute ``D[m, n] = sum_k A[m, k] B[n, k]`` with FP32 accumulation. A carries 1x128 scales
-(``quant.per_token``), B 128x128 ones (``quant.per_block``); ``k_grouped_gemm`` takes two
-token-transposed operands with 1x128 scales each (``quant.per_channel``).
+(``quant.per_token``; ``k_grouped_gemm``: ``quant.per_channel``), B 128x128 ones
+(``quant.per_block``; ``k_grouped_gemm``: ``quant.per_channel`` with ``block=True``).
 """
 
 from __future__ import annotations
@@ -24,17 +24,15 @@ from fp8moe.kernels.heuristics import Grouping, Output, Problem, Tile
 
 def spec(grouping: Grouping, output: Output, tile: Tile, groups: int) -> jit.KernelSpec:
     """The compiled configuration of ``tile``."""
-    block_scales = grouping != Grouping.K_GROUPED
     return jit.KernelSpec(
         "gemm.cuh",
         "gemm",
         (
             ("GROUPING", int(grouping)),
-            ("SCALE_B_BLOCK", int(block_scales)),
             ("OUTPUT", int(output)),
             ("BLOCK_M", tile.block_m),
             ("BLOCK_N", tile.block_n),
-            ("STAGES", tile.stages(block_scales, groups)),
+            ("STAGES", tile.stages(groups)),
             ("ASYNC_STORE", int(tile.async_store)),
         ),
         hold_operands=True,
@@ -111,14 +109,13 @@ class _Plan(NamedTuple):
 
 def _plan(p: Problem, sms: int, config: tuple[Tile, int]) -> _Plan:
     tile, band = config
-    block_scales = p.grouping != Grouping.K_GROUPED
     return _Plan(
         jit.load(spec(p.grouping, p.output, tile, p.groups)),
         tile,
         band,
         min(sms, heuristics.max_tiles(p, tile)),
         128 * (tile.consumers + 1),
-        tile.shared_memory(block_scales, p.groups),
+        tile.shared_memory(p.groups),
         tile.async_store,
     )
 
@@ -179,9 +176,8 @@ def _launch(
             p.groups,
             plan.band,
             a.numel() // k_total,
-            b.numel() // k_total,
             block_stride(a_scale),
-            block_stride(b_scale) if p.grouping == Grouping.K_GROUPED else b_scale.shape[-1],
+            b_scale.shape[-1],
         ],
         smem=plan.smem,
     )
@@ -359,7 +355,8 @@ def k_grouped_gemm(
     Args:
         a_t: data (N, R') float8_e4m3fn, scale (N, R'/128) MN-major, from ``quant.per_channel``:
             each group starts at a multiple of 128 and is padded with zeros.
-        b_t: data (K, R'), scale (K, R'/128), likewise.
+        b_t: data (K, R'), scale (ceil(K/128), R'/128) contiguous, from ``quant.per_channel`` with
+            ``block=True``: the same padding, a scale for 128 channels and rows.
         group_ends: (E,) int32 on the device: the ends before padding, as given to the cast.
         out: optional (E, N, K), float32 or bfloat16, to write into.
         accumulate: add to ``out``, which must then be float32.
@@ -383,7 +380,7 @@ def k_grouped_gemm(
     if k % 8 or k == 0:
         raise ValueError(f"b_t.data: expected a positive multiple of 8 rows, got {k}")
     operands.check_row_scale("a_t", a_t)
-    operands.check_row_scale("b_t", b_t)
+    operands.check_block_scale("b_t", b_t)
     if b_t.data.device != a_t.data.device:
         raise ValueError(f"b_t.data: expected device {a_t.data.device}, got {b_t.data.device}")
     operands.check_groups("group_ends", group_ends, None, a_t.data.device)

@@ -28,12 +28,11 @@ def spec(pow2: bool, groups: int) -> jit.KernelSpec:
         "gemm",
         (
             ("GROUPING", int(Grouping.M_GROUPED)),
-            ("SCALE_B_BLOCK", 1),
             ("OUTPUT", _OUTPUT_SWIGLU),
             ("BLOCK_M", TILE.block_m),
             ("BLOCK_N", TILE.block_n),
             # Two panels of staging a warp, as for BF16, hence the same stages and shared memory.
-            ("STAGES", TILE.stages(True, groups)),
+            ("STAGES", TILE.stages(groups)),
             ("ASYNC_STORE", 0),
             ("POW2", int(pow2)),
         ),
@@ -120,11 +119,10 @@ def _launch(
             groups,
             band,
             m,
-            groups * n,
             gemm.block_stride(a_scale),
             b_scale.shape[-1],
         ],
-        smem=TILE.shared_memory(True, groups),
+        smem=TILE.shared_memory(groups),
     )
 
 

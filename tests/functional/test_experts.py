@@ -151,9 +151,10 @@ def emulate(layer, save="bf16", pow2=True):
     def rows8(t):
         return testing.exact(quant.per_token(t, pow2=pow2))
 
-    def columns8(t):
+    def columns8(t, block=False):
         ends = torch.tensor([len(t)], dtype=torch.int32, device=t.device)
-        return testing.exact(quant.per_channel(t, ends, pow2=pow2))[:, : len(t)].t()
+        t8 = quant.per_channel(t, ends, pow2=pow2, block=block)
+        return testing.exact(t8)[:, : len(t)].t()
 
     w13, w2 = (testing.exact(quant.per_block(w)) for w in (layer.w13, layer.w2))
     x, dy = rows8(layer.x), rows8(layer.dy)
@@ -179,8 +180,8 @@ def emulate(layer, save="bf16", pow2=True):
         dh = torch.cat([dgate, p * da * gate * sigmoid], dim=1).bfloat16()
         dx.index_add_(0, token, (rows8(dh) @ w13[e]).bfloat16().double())
         dprob[token, k] = (da * a).sum(1)
-        dw2[e] = columns8(dy[token].float()).t() @ columns8(weighted)
-        dw13[e] = columns8(dh).t() @ columns8(x[token].float())
+        dw2[e] = columns8(dy[token].float()).t() @ columns8(weighted, block=True)
+        dw13[e] = columns8(dh).t() @ columns8(layer.x[token], block=True)
     return y, dx, dprob, dw13, dw2
 
 

@@ -56,7 +56,7 @@ def test_fp8_gemms_on_the_same_operands(inputs, device, kind):
     y_ref, dx_ref, _ = exact(x8, w8, ends, dy8)
     assert testing.worst_row_error(y, y_ref) < testing.BF16_ROW_ERROR
     assert testing.worst_row_error(dx, dx_ref) < testing.BF16_ROW_ERROR
-    columns = [quant.per_channel(t, ends) for t in (dy, x)]
+    columns = [quant.per_channel(dy, ends), quant.per_channel(x, ends, block=True)]
     dw_ref = testing.oracle_k_grouped_gemm(*columns, ends)
     assert testing.worst_row_error(dw, dw_ref) < testing.FP32_ROW_ERROR
     assert y.shape == (used, N) and dw.dtype == torch.float32
@@ -68,7 +68,7 @@ def test_gate_on_the_same_operands_sees_a_wrong_scale_format(inputs, device):
     y, _, dw = run(x, w, ends, dy, FP8Config(pow2_scales=False))
     x8, w8 = testing.exact(quant.per_token(x)), testing.exact(quant.per_block(w))
     assert testing.worst_row_error(y, exact(x8, w8, ends, dy)[0]) > 4 * testing.BF16_ROW_ERROR
-    columns = [quant.per_channel(t, ends) for t in (dy, x)]
+    columns = [quant.per_channel(dy, ends), quant.per_channel(x, ends, block=True)]
     reference = testing.oracle_k_grouped_gemm(*columns, ends)
     assert testing.worst_row_error(dw, reference) > 100 * testing.FP32_ROW_ERROR
 

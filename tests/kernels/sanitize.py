@@ -53,7 +53,8 @@ def forward_gemms(n: int = 264, k: int = 400) -> int:
 def weight_gradients(n: int = 136, k: int = 264) -> int:
     """Every tile and output; the number of launches."""
     ends = torch.tensor(SIZES, device="cuda").cumsum(0).int()
-    a, b = (quant.per_channel(_random(sum(SIZES), w), ends, pow2=True) for w in (n, k))
+    a = quant.per_channel(_random(sum(SIZES), n), ends, pow2=True)
+    b = quant.per_channel(_random(sum(SIZES), k), ends, pow2=True, block=True)
     rows = padded_capacity(sum(SIZES), len(SIZES))
     launches = 0
     for tile in heuristics.candidates(Grouping.K_GROUPED):

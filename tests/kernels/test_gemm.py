@@ -86,7 +86,8 @@ def _wgrad_operands(sizes, n, k, device):
     generator = torch.Generator().manual_seed(3)
     dy = torch.randn(rows, n, generator=generator).to(device, torch.bfloat16)
     x = torch.randn(rows, k, generator=generator).to(device, torch.bfloat16)
-    a, b = quant.per_channel(dy, ends, pow2=True), quant.per_channel(x, ends, pow2=True)
+    a = quant.per_channel(dy, ends, pow2=True)
+    b = quant.per_channel(x, ends, pow2=True, block=True)
     # The data past the last group is undefined by contract: make it as bad as it gets.
     used = sum(-(-s // 128) * 128 for s in sizes)
     for t in (a, b):
@@ -135,8 +136,9 @@ def test_nothing_to_do(device):
     out = kernels.m_grouped_gemm_nt(a, b, ends, out=_poisoned((5, 64), device))
     assert _is_poison(out)
     x = torch.zeros(0, 64, dtype=torch.bfloat16, device=device)
-    t = quant.per_channel(x, ends, pow2=True)
-    assert not kernels.k_grouped_gemm(t, t, ends, out=_poisoned((3, 64, 64), device)).any()
+    a = quant.per_channel(x, ends, pow2=True)
+    b = quant.per_channel(x, ends, pow2=True, block=True)
+    assert not kernels.k_grouped_gemm(a, b, ends, out=_poisoned((3, 64, 64), device)).any()
 
 
 def test_the_gate_rejects_what_a_global_similarity_lets_pass():

@@ -73,7 +73,7 @@ def test_k_grouped_gemm(kind: str, accumulate: bool, dtype: torch.dtype) -> None
     r, n, k, e = 400, 72, 136, 5
     ends = testing.ragged_group_ends(r, e, seed=0, kind=kind)
     a = quant.per_channel(torch.randn(r, n), ends)
-    b = quant.per_channel(torch.randn(r, k), ends)
+    b = quant.per_channel(torch.randn(r, k), ends, block=True)
     expected = testing.oracle_k_grouped_gemm(a, b, ends)
     out = poisoned(e, n, k, dtype=dtype)
     if accumulate:
@@ -96,7 +96,7 @@ def test_grouped_gemms_are_gemms_of_each_group(sizes: list[int], slack: int, n: 
     a, b = quant.per_token(x), quant.per_block(w)
     forward = poisoned(rows, n, dtype=torch.float32)
     reference.m_grouped_gemm_nt(*a, *b, ends, forward)
-    a_t, b_t = quant.per_channel(y, ends), quant.per_channel(x, ends)
+    a_t, b_t = quant.per_channel(y, ends), quant.per_channel(x, ends, block=True)
     wgrad = poisoned(e, n, k, dtype=torch.float32)
     reference.k_grouped_gemm(*a_t, *b_t, ends, wgrad, False)
     row = 0
@@ -106,7 +106,7 @@ def test_grouped_gemms_are_gemms_of_each_group(sizes: list[int], slack: int, n: 
         reference.gemm_nt(a.data[at], a.scale[at], b.data[g], b.scale[g], single)
         assert torch.allclose(forward[at], single, rtol=1e-5, atol=1e-5)
         u = quant.dequantize(quant.per_token(y[at].t().contiguous()))
-        v = quant.dequantize(quant.per_token(x[at].t().contiguous()))
+        v = quant.dequantize(quant.per_block(x[at].t().contiguous())) if size else x[at].t()
         assert torch.allclose(wgrad[g], u @ v.t(), rtol=1e-5, atol=1e-4)
         if size == 0:
             assert not wgrad[g].any()
@@ -126,7 +126,8 @@ def test_quality_on_gaussian_data(pow2: bool) -> None:
     exact = torch.einsum("mk,mnk->mn", x.double(), w.double()[group])
     assert testing.sqnr_db(out, exact) >= testing.SQNR_FORWARD_DB
     dw = torch.empty(e, n, k)
-    a_t, b_t = quant.per_channel(g, ends, pow2=pow2), quant.per_channel(x, ends, pow2=pow2)
+    a_t = quant.per_channel(g, ends, pow2=pow2)
+    b_t = quant.per_channel(x, ends, pow2=pow2, block=True)
     reference.k_grouped_gemm(*a_t, *b_t, ends, dw, False)
     one_hot = torch.nn.functional.one_hot(group, e).double()
     exact = torch.einsum("me,mn,mk->enk", one_hot, g.double(), x.double())

@@ -11,7 +11,7 @@
 // consumer warp is done with it). The ring runs on across tiles, so the next tile's operands are already on their way
 // while the consumers store this one. README.md one folder up draws it.
 //
-// Constants rendered before this file: GROUPING, SCALE_B_BLOCK, OUTPUT, BLOCK_M (64 | 128 | 192), BLOCK_N, STAGES,
+// Constants rendered before this file: GROUPING, OUTPUT, BLOCK_M (64 | 128 | 192), BLOCK_N, STAGES,
 // ASYNC_STORE, for OUTPUT_SWIGLU also POW2. Shapes are arguments, so some dozens of compiled kernels serve every model.
 #include "ptx.cuh"
 #include "scheduler.cuh"
@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
      const __grid_constant__ TensorMap map_d, const float* __restrict__ scale_a, const float* __restrict__ scale_b,
      const Destination d, const int* __restrict__ groups, int* status, int m, int n, int k, int num_groups, int band,
-     int a_rows, int b_rows, int scale_a_stride, int scale_b_stride) {
+     int a_rows, int scale_a_stride, int scale_b_stride) {
     extern __shared__ __align__(1024) char smem[];
     const u32 base = smem_address(smem);
     int* table = reinterpret_cast<int*>(smem + TABLE_AT);
@@ -99,26 +99,22 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         } else if (warp == SCALE_WARP) {
             for (int index = first_tile; index < scheduler.num_tiles; index += step) {
                 const Tile t = scheduler.tile(index);
+                // Scales of B: a row for each of its 128-row blocks, of all groups; those of K_GROUPED lie along K. Columns
+                // past N exist in the tile but not in D: any scale will do.
                 const int n_blocks = ceil_div(n, 128);
-                const bool wide = wide_scales(scale_a, scale_a_stride, a_rows, t.a_row) &&
-                                  (SCALE_B_BLOCK || wide_scales(scale_b, scale_b_stride, b_rows, t.b_row));
-                // Columns past N exist in the tile but not in D: any scale of the group will do.
                 const int next = OUTPUT == OUTPUT_SWIGLU ? lane * (n_blocks / 2) : lane;
-                const int block = min(t.column / 128 + next, n_blocks - 1) + scheduler.group * n_blocks;
-                const float* source_a = scale_a + (i64)t.k_block * scale_a_stride + t.a_row;
-                const float* source_b = SCALE_B_BLOCK ? scale_b + (i64)block * scale_b_stride + t.k_block
-                                                      : scale_b + (i64)t.k_block * scale_b_stride + t.b_row;
+                const int block = min(t.column / 128 + next, n_blocks - 1) +
+                                  (GROUPING == K_GROUPED ? 0 : scheduler.group * n_blocks);
+                const float* source_a = scale_a + (i64)t.k_block * scale_a_stride;
+                const float* source_b = scale_b + (i64)block * scale_b_stride + t.k_block;
 #pragma unroll 1  // the producers have few registers
                 for (int kb = 0; kb < t.num_k_blocks; ++kb, advance()) {
                     mbarrier_wait(empty(stage), phase ^ 1);
-                    const u32 sa = base + SCALES_AT + stage * SCALE_STAGE * 4, sb = sa + BLOCK_M * 4;
-                    copy_scales<BLOCK_M>(sa, source_a, a_rows - t.a_row, wide);
-                    if (!SCALE_B_BLOCK)
-                        copy_scales<BLOCK_N>(sb, source_b, b_rows - t.b_row, wide);
-                    else if (lane < NUM_B_SCALES)
-                        cp_async_4(sb + lane * 4, source_b, true);
+                    const u32 to = base + SCALES_AT + stage * SCALE_STAGE * 4;
+                    copy_scales(to, source_a, scale_a_stride, t.a_row, a_rows);
+                    if (lane < NUM_B_SCALES) cp_async_4(to + (BLOCK_M + lane) * 4, source_b, true);
                     source_a += scale_a_stride;
-                    source_b += SCALE_B_BLOCK ? 1 : scale_b_stride;
+                    ++source_b;
                     cp_async_arrive(full(stage));
                 }
             }
@@ -173,14 +169,11 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                         if (kb + 1 < t.num_k_blocks) mbarrier_wait(full(stage), phase);
                     }
                     wgmma_wait();
-                    const auto release = [&] {
+                    if (last) {
                         __syncwarp();
                         if (lane == 0) mbarrier_arrive(empty(used));
-                    };
-                    // The stage may go once nothing reads it: the promotion may still read scales of B.
-                    if (last && SCALE_B_BLOCK) release();
-                    promote(sum[half], part, scales, scales_b, column);
-                    if (last && !SCALE_B_BLOCK) release();
+                    }
+                    promote(sum[half], part, scales);
                 }
             }
             store(sum, smem + STAGING_AT + warp * STAGING_BYTES, &map_d, d, problem, t, warp_row, group_column);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fp8moe.kernels.fp8tensor import BLOCK, ceil_div
+from fp8moe.kernels.fp8tensor import BLOCK
 from fp8moe.kernels.reference import groups
 from fp8moe.kernels.reference.dequantize import dequantize_per_block, dequantize_per_token
 from fp8moe.kernels.reference.swiglu import swiglu_cast_both
@@ -17,11 +17,8 @@ def gemm_nt(
     b_scale: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """out[m, n] = sum_k A[m, k] * B[n, k]; B per_token if its scale has one row per n."""
-    n, k = b.shape
-    per_token = tuple(b_scale.shape) == (n, ceil_div(k, BLOCK)) and n > 1
-    dequantize_b = dequantize_per_token if per_token else dequantize_per_block
-    out.copy_(dequantize_per_token(a, a_scale) @ dequantize_b(b, b_scale).t())
+    """out[m, n] = sum_k A[m, k] * B[n, k]."""
+    out.copy_(dequantize_per_token(a, a_scale) @ dequantize_per_block(b, b_scale).t())
 
 
 def m_grouped_gemm_nt(
@@ -88,6 +85,6 @@ def k_grouped_gemm(
     for g, (lo, hi) in enumerate(groups.padded_bounds(spans)):
         blocks = slice(lo // BLOCK, hi // BLOCK)
         x = dequantize_per_token(a_t[:, lo:hi], a_scale[:, blocks])
-        y = dequantize_per_token(b_t[:, lo:hi], b_scale[:, blocks])
+        y = dequantize_per_block(b_t[:, lo:hi], b_scale[:, blocks])
         product = x @ y.t()
         out[g] = out[g] + product if accumulate else product

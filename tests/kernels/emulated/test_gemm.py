@@ -74,7 +74,8 @@ def _weight_gradient(output: Output, tile: Tile, n: int, k: int) -> tuple[torch.
     sizes = [131, 0, 200]
     ends = torch.tensor(sizes).cumsum(0).int()
     dy, x = torch.randn(sum(sizes), n).bfloat16(), torch.randn(sum(sizes), k).bfloat16()
-    a, b = (quant.per_channel(t, ends, pow2=False) for t in (dy, x))
+    a = quant.per_channel(dy, ends, pow2=False)
+    b = quant.per_channel(x, ends, pow2=False, block=True)
     dtype = torch.bfloat16 if output == Output.BF16 else torch.float32
     out = torch.ones((3, n, k), dtype=dtype)
     exact = testing.oracle_k_grouped_gemm(a, b, ends) + (output == Output.ADD)
@@ -101,9 +102,11 @@ def test_weight_gradient(emulated: Start, output: Output, tile: Tile, n: int, k:
         ("far ? i + 2 : i", "i"),
         ("r % 2 != turn", "r % 4 != turn"),
         ("lane % 2 * 8", "0"),
-        ("cp_async_16(dst + i * 4, src + i", "cp_async_16(dst + i * 4, src"),
+        ("cp_async_16(dst + i * 4, scale + first + i", "cp_async_16(dst + i * 4, scale + i"),
+        ("GROUPING == K_GROUPED ? 0 :", ""),
+        ("++source_b", "source_b += 0"),
     ],
-    ids=["columns", "turns", "pairs", "scales"],
+    ids=["columns", "turns", "pairs", "scales of A", "block of B", "scales of B"],
 )
 def test_a_planted_error_of_the_weight_gradient_is_seen(
     emulated: Start, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str
