@@ -124,7 +124,7 @@ def test_a_block_of_the_activation_has_the_scale_of_its_maximum(width: int, pow2
             step = 2.0**-4 * block.abs() + 2.0**-10 * scale[c, r]  # half a step of E4M3
             error = (data[at].float() * scale[c, r] - block).abs()
             assert (error <= step * (1 + 2**-20)).all()
-            # Negative control: a block of a scale that is one step of BF16 off.
+            # Negative control: a maximum that is one step of BF16 off.
             if r != 1:
                 assert scale[c, r].item() != pytest.approx(exact * (1 + 2**-7), rel=2**-23)
     zeros = data[:, 128:256].view(torch.uint8) & 0x7F

@@ -184,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
     copy_async_16(chunk_at(tile, kDown, first + i, chunk), da + row * columns + column, pad);
     copy_async_commit();
   }
-  u32 aw_max = 0;   // two at once
+  u32 aw_max = 0;   // in each half of a word
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     float weight = weight_of_row(row_values, i);
