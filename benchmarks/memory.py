@@ -124,7 +124,8 @@ def layer_cases(shape: Shape) -> list[Case]:
         return rows * columns + rows * columns // 128 * 4
 
     swiglu_in = used(h, rows) + row_map + nbytes(weights)
-    backward_out = 2 * activation_bytes(2 * intermediate) + activation_bytes(intermediate)
+    aw_t_bytes = rows * intermediate + rows // 128 * intermediate // 128 * 4
+    backward_out = 2 * activation_bytes(2 * intermediate) + aw_t_bytes
     return [
         Case("route", lambda: permute.route(ids, experts), nbytes(ids, *maps)),
         Case(

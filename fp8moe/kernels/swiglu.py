@@ -200,7 +200,6 @@ def _launch_backward(
             dh_t_scale.stride(1),
             aw_t,
             aw_t_scale,
-            aw_t_scale.stride(1),
             dprob_partial,
             dh_rounded,
             aw_rounded,
@@ -227,7 +226,7 @@ def _backward_fake(
         h.new_empty((2 * columns, capacity), dtype=FP8_DTYPE),
         empty_scale(2 * columns, capacity // BLOCK, device),
         h.new_empty((columns, capacity), dtype=FP8_DTYPE),
-        empty_scale(columns, capacity // BLOCK, device),
+        h.new_empty((blocks, capacity // BLOCK), dtype=torch.float32),
         h.new_empty((blocks, capacity), dtype=torch.float32),
     )
 
@@ -317,7 +316,8 @@ def swiglu_backward_cast(
     Returns:
         dh (Rcap, 2I), dh_scale (Rcap, 2I/128): per_token.
         dh_t (2I, Rcap), dh_t_scale (2I, Rcap/128): per_channel.
-        aw_t (I, Rcap), aw_t_scale (I, Rcap/128): the forward activation, per_channel.
+        aw_t (I, Rcap), aw_t_scale (I/128, Rcap/128) contiguous: the forward activation transposed,
+            per_block. It does not depend on da.
         dprob_partial (I/128, Rcap) float32: sum of da * silu(g) * u over each 128 columns.
         Padding rows are zero.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -94,14 +96,51 @@ def test_casts_are_the_casts_of_the_rows(width: int, pow2: bool) -> None:
         assert torch.equal(got[1][:used], expected.scale[:used])
     for got, expected in (
         (out[2:4], quant.per_channel(dh[:used], ends, pow2=pow2)),
-        (out[4:6], quant.per_channel(aw[:used], ends, pow2=pow2)),
+        (out[4:6], quant.per_block(aw[:used].t().contiguous(), pow2=pow2)),
     ):
-        assert got[0].shape == (expected.data.shape[0], len(h)) and got[1].stride()[0] == 1
-        assert torch.equal(
-            got[0].view(torch.uint8)[:, :used], expected.data.view(torch.uint8)[:, :used]
-        )
-        assert torch.equal(got[1][:, : used // 128], expected.scale[:, : used // 128])
+        assert got[0].shape == (expected.data.shape[0], len(h))
+        assert testing.same_bits(got[0][:, :used], expected.data[:, :used])
+        assert testing.same_bits(got[1][:, : used // 128], expected.scale[:, : used // 128])
+    assert out[3].stride(0) == 1 and out[5].is_contiguous()
+    assert out[5].shape == (width // 128, len(h) // 128)
     assert torch.equal(out[6][:, :used], partial[:, :used])
+
+
+@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.parametrize("width", [128, 200])
+def test_a_block_of_the_activation_has_the_scale_of_its_maximum(width: int, pow2: bool) -> None:
+    h, da, weights, slot_of_row = inputs(width)
+    h[128:256, :width] = 0  # silu(0) = 0: a row block of zeros
+    _, aw, _ = reference.swiglu_backward_rows(h, da, weights, slot_of_row)
+    data, scale = reference.swiglu_backward_cast(h, None, da, weights, slot_of_row, pow2)[4:6]
+    used = int((slot_of_row != -2).sum())
+    for c in range(-(-width // 128)):
+        for r in range(used // 128):
+            at = slice(128 * c, 128 * c + 128), slice(128 * r, 128 * r + 128)
+            block = aw.t()[at].float()
+            quotient = max(block.abs().max().item(), 2.0**-48) / 448
+            exact = 2.0 ** math.ceil(math.log2(quotient)) if pow2 else quotient
+            assert scale[c, r].item() == pytest.approx(exact, rel=2**-23)
+            step = 2.0**-4 * block.abs() + 2.0**-10 * scale[c, r]  # half a step of E4M3
+            error = (data[at].float() * scale[c, r] - block).abs()
+            assert (error <= step * (1 + 2**-20)).all()
+            # Negative control: a maximum that is one step of BF16 off.
+            if r != 1:
+                assert scale[c, r].item() != pytest.approx(exact * (1 + 2**-7), rel=2**-23)
+    zeros = data[:, 128:256].view(torch.uint8) & 0x7F
+    assert not zeros.any() and (scale[:, 1] <= 2.0**-56).all()
+    pad = (slot_of_row == -1).nonzero().squeeze(1)
+    assert len(pad) and not (data.view(torch.uint8)[:, pad] & 0x7F).any()
+
+
+def test_the_activation_does_not_depend_on_da() -> None:
+    h, da, weights, slot_of_row = inputs(256)
+    used = int((slot_of_row != -2).sum())
+    given = reference.swiglu_backward_cast(h, None, da, weights, slot_of_row, True)
+    zeros = reference.swiglu_backward_cast(h, None, da * 0, weights, slot_of_row, True)
+    assert testing.same_bits(given[4][:, :used], zeros[4][:, :used])
+    assert testing.same_bits(given[5][:, : used // 128], zeros[5][:, : used // 128])
+    assert not (zeros[2].view(torch.uint8)[:, :used] & 0x7F).any()
 
 
 @pytest.mark.parametrize("pow2", [False, True])
@@ -155,3 +194,10 @@ def test_a_non_finite_gradient_stays_visible() -> None:
     assert out[3][[5, 133], row // 128].isnan().all()
     assert not out[6][:, row].isfinite().all()
     assert not out[5][:, row // 128].isnan().any()
+
+    h[row, 133] = torch.nan  # of the up projection: its block of the activation, and no other
+    data, scale = reference.swiglu_backward_cast(h, None, da, weights, slot_of_row, True)[4:6]
+    used = int((slot_of_row != -2).sum())
+    assert scale[:, : used // 128].isnan().nonzero().tolist() == [[0, row // 128]]
+    nan = data.view(torch.uint8)[:, :used] == 0x7F
+    assert nan.sum() == 128 * 128 and nan[:, row // 128 * 128 :][:, :128].all()

@@ -133,12 +133,20 @@ def assert_per_channel(name: str, rows: torch.Tensor, out: Tensors, pow2: bool) 
     assert_bits(f"{name} scale", out[1][:, : used // 128], scale)
 
 
+def assert_per_block_t(name: str, rows: torch.Tensor, out: Tensors, pow2: bool) -> None:
+    used = len(rows)
+    data, scale = reference.cast_per_block(rows.cpu().t().unsqueeze(0), pow2)
+    assert out[1].is_contiguous(), f"{name} scale"
+    assert_bits(f"{name} data", out[0][:, :used], data[0])
+    assert_bits(f"{name} scale", out[1][:, : used // 128], scale[0])
+
+
 def assert_casts(case: Case, out: Tensors, pow2: bool) -> None:
     """The casts of a backward pass are those of its rounded values."""
     dh, aw = out[7][: case.used], out[8][: case.used]
     assert_per_token("dh", dh, out[0:2], pow2)
     assert_per_channel("dh_t", dh, out[2:4], pow2)
-    assert_per_channel("aw_t", aw, out[4:6], pow2)
+    assert_per_block_t("aw_t", aw, out[4:6], pow2)
 
 
 # ------------------------------------------------------------------------------------------- values
@@ -253,14 +261,38 @@ def test_a_bad_value_stays_in_its_blocks(device: torch.device, where: str, bad: 
         assert_casts(case, out, pow2)
         bad_rows = out[1][: case.used].isnan().nonzero().tolist()
         assert bad_rows and all(r == row and block in (1, 3) for r, block in bad_rows)
-        for scale in (out[3], out[5]):
-            for channel, block in scale[:, : case.used // 128].isnan().nonzero().tolist():
-                assert channel % case.columns == 130 and block == row // 128
+        for channel, block in out[3][:, : case.used // 128].isnan().nonzero().tolist():
+            assert channel % case.columns == 130 and block == row // 128
+        spoiled = out[5][:, : case.used // 128].isnan().nonzero().tolist()
+        assert spoiled == ([[1, row // 128]] if where != "da" else [])
         data, scale, rounded = case.forward(device, pow2)
         assert_per_token("aw", rounded[: case.used], (data, scale), pow2)
         assert scale[: case.used].isnan().nonzero().tolist() in ([], [[row, 1]])
     spoiled = ~out[6][:, : case.used].isfinite()
     assert spoiled.nonzero().tolist() in ([], [[1, row]])
+
+
+@pow2s
+@pytest.mark.parametrize("fp8", [False, True], ids=["h bf16", "h fp8"])
+def test_the_activation_does_not_depend_on_da(device: torch.device, fp8: bool, pow2: bool) -> None:
+    """Where only dw2 is asked for, da is zeros. A block of zeros has the floor's scale."""
+    case = Case((300, 2, 5, 256))
+    case.h[128:256, 128:256] = 0  # the gate of one block
+    h8 = case.in_fp8(pow2) if fp8 else None
+    first = case.backward(device, pow2, h8)
+    case.da.zero_()
+    second = case.backward(device, pow2, h8)
+    assert_casts(case, second, pow2)
+    assert_bits("aw_t data", second[4][:, : case.used], first[4][:, : case.used].cpu())
+    assert_bits(
+        "aw_t scale", second[5][:, : case.used // 128], first[5][:, : case.used // 128].cpu()
+    )
+    floor = reference.cast_per_token(torch.zeros(1, 128).bfloat16(), pow2)[1]
+    at_floor = (second[5][:, : case.used // 128].cpu() == floor).nonzero().tolist()
+    assert at_floor == [[1, 1]]
+    for rows in (second[0][: case.used], second[2][:, : case.used], second[4][128:, 128:256]):
+        assert not (rows.cpu().view(torch.uint8) & 0x7F).any()
+    assert not second[6][:, : case.used].any()
 
 
 def test_two_runs_are_equal(device: torch.device) -> None:
@@ -276,7 +308,9 @@ def test_two_runs_are_equal(device: torch.device) -> None:
         assert torch.equal(a[at], b[at]), f"output {i}"
 
 
-@pytest.mark.parametrize("planted", ["weight", "derivative", "one row", "sum", "byte"])
+@pytest.mark.parametrize(
+    "planted", ["weight", "derivative", "one row", "sum", "byte", "block byte", "block scale"]
+)
 def test_a_planted_error_is_noticed(planted: str) -> None:
     case = Case((70, 2, 3, 256))
     used = case.used
@@ -290,6 +324,16 @@ def test_a_planted_error_is_noticed(planted: str) -> None:
     if planted == "byte":
         out[2].view(torch.uint8)[11, 7] ^= 1
         with pytest.raises(AssertionError, match="dh_t data"):
+            assert_casts(case, tuple(out), True)
+        return
+    if planted.startswith("block"):
+        if planted == "block byte":
+            out[4].view(torch.uint8)[200, 7] ^= 1
+        else:
+            out[5][1, 0] *= 2
+        with pytest.raises(
+            AssertionError, match="aw_t data" if "byte" in planted else "aw_t scale"
+        ):
             assert_casts(case, tuple(out), True)
         return
     if planted == "weight":  # the routing weight of the next slot
@@ -325,6 +369,7 @@ def test_fake_outputs_match_real_ones() -> None:
             fake = call(*fakes)
         for r, f in zip(real, fake, strict=True):
             assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype), call
+    assert real[5].shape == (ceil_div(256, 128), case.capacity // 128)
     assert real[6].shape == (ceil_div(256, 128), case.capacity)
 
 

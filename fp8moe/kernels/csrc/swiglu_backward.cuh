@@ -1,5 +1,6 @@
 // The backward pass of SwiGLU and every cast of its results, from one read of h and da:
-//   dh = [dg | du] per_token and per_channel, aw per_channel, and the routing weight's gradient.
+//   dh = [dg | du] per_token and per_channel, aw transposed with one scale per 128 x 128 block, and the
+//   routing weight's gradient.
 //
 // Built for POW2 = 0 | 1, and for H_FP8 = 0 | 1: h in bf16, or in E4M3 with one scale per row and 128
 // columns, multiplied out in FP32. A CTA takes a 128 x 128 tile of the activation. Its 96 KB of input
@@ -7,8 +8,9 @@
 // and two CTAs share an SM: one computes while the other's copies arrive.
 //   Pass 1, by rows: 16 lanes share a row, a thread has eight columns of four rows and reads only
 //   what it copied itself. It computes dg, du and aw, rounds them to bf16, writes them over g, u and
-//   da in shared memory, and finishes the row casts and the row sums from registers.
-//   Pass 2, by columns, after the only barrier: see tile.cuh.
+//   da in shared memory, and finishes the row casts and the row sums from registers. The tile is one
+//   block of aw: each warp leaves the largest magnitude that it rounded.
+//   Pass 2, by columns, after the only barrier: see tile.cuh. aw needs no column maxima.
 #include "activation.cuh"
 
 static constexpr bool kPow2 = POW2;
@@ -23,6 +25,7 @@ struct RowResults {
   float gate_scale[kTileRows];
   float up_scale[kTileRows];
   float dprob[kTileRows];
+  u32 aw_max[kWarps];   // of a warp's eight rows, a bf16 pattern
 };
 
 // Columns 2j and 2j + 1 of eight columns of h: bf16, or E4M3 in the first eight bytes.
@@ -65,21 +68,43 @@ __device__ __forceinline__ uint4* chunk_at(u8* tile, int matrix, int row, int ch
   return reinterpret_cast<uint4*>(tile + matrix * kMatrixBytes + tile_offset(row, chunk));
 }
 
-// Eight columns x 128 rows of one matrix of the tile, cast per column by one warp. `out` is the
-// first column's first row, `scale` the first column's scale.
-__device__ __forceinline__ void cast_columns(u8* tile, int matrix, int chunk, u8* out, i64 pitch,
-                                             float* scale, float* inverses) {
+// Eight columns x 128 rows of one matrix of the tile: pairs of columns [j] of a lane's four rows [i].
+struct Columns {
+  u32 pair[4][4];
+};
+__device__ __forceinline__ Columns load_columns(u8* tile, int matrix, int chunk) {
   int lane = threadIdx.x & 31;
-  u32 w[4][4];
+  Columns c;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     uint4 v = *chunk_at(tile, matrix, 4 * lane + i, chunk);
-    w[i][0] = v.x, w[i][1] = v.y, w[i][2] = v.z, w[i][3] = v.w;
+    c.pair[i][0] = v.x, c.pair[i][1] = v.y, c.pair[i][2] = v.z, c.pair[i][3] = v.w;
   }
+  return c;
+}
+// Cast with each column's inverse scale; `out` is the first column's first row.
+__device__ __forceinline__ void store_columns(const Columns& c, const float (&inv)[8], u8* out,
+                                              i64 pitch) {
+  out += 4 * (threadIdx.x & 31);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    float v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      v[i] = (j & 1 ? bf16_high(c.pair[i][j >> 1]) : bf16_low(c.pair[i][j >> 1])) * inv[j];
+    store_stream(out + j * pitch, pack_e4m3x4(v[0], v[1], v[2], v[3]));
+  }
+}
+
+// One warp casts eight columns with a scale each; `scale` is the first column's.
+__device__ __forceinline__ void cast_columns(u8* tile, int matrix, int chunk, u8* out, i64 pitch,
+                                             float* scale, float* inverses) {
+  int lane = threadIdx.x & 31;
+  Columns c = load_columns(tile, matrix, chunk);
   u32 amax[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j)
-    amax[j] = amax_bf16x2(w[0][j], w[1][j], w[2][j], w[3][j]);
+    amax[j] = amax_bf16x2(c.pair[0][j], c.pair[1][j], c.pair[2][j], c.pair[3][j]);
   u32 pair = reduce_columns(amax, MaxU16x2());   // lanes 8p .. 8p + 7: columns 2p and 2p + 1
   BlockScale s = block_scale<kPow2>(lane & 4 ? pair & 0xFFFF0000u : pair << 16);
   if ((lane & 3) == 0) {
@@ -93,15 +118,7 @@ __device__ __forceinline__ void cast_columns(u8* tile, int matrix, int chunk, u8
     float4 four = reinterpret_cast<const float4*>(inverses)[i];
     inv[4 * i] = four.x, inv[4 * i + 1] = four.y, inv[4 * i + 2] = four.z, inv[4 * i + 3] = four.w;
   }
-  out += 4 * lane;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    float v[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      v[i] = (j & 1 ? bf16_high(w[i][j >> 1]) : bf16_low(w[i][j >> 1])) * inv[j];
-    store_stream(out + j * pitch, pack_e4m3x4(v[0], v[1], v[2], v[3]));
-  }
+  store_columns(c, inv, out, pitch);
   __syncwarp();   // `inverses` may be written again
 }
 
@@ -120,8 +137,9 @@ __device__ __forceinline__ float load_row_values(const float* topk_weights, cons
 // h [capacity, 2 * columns], with E4M3 h_scale[(column / 128) * h_scale_ld + row]; da [capacity,
 // columns]. dh [capacity, 2 * columns] with
 // dh_scale[(column / 128) * dh_scale_ld + row]; dh_t [2 * columns, capacity] with
-// dh_t_scale[(row / 128) * dh_t_scale_ld + column]; aw_t likewise; dprob_partial [columns / 128,
-// capacity]. dh_rounded and aw_rounded, if not null, receive dh and aw before the casts.
+// dh_t_scale[(row / 128) * dh_t_scale_ld + column]; aw_t [columns, capacity] with aw_t_scale [columns /
+// 128, capacity / 128]; dprob_partial [columns / 128, capacity]. dh_rounded and aw_rounded, if not
+// null, receive dh and aw before the casts.
 //
 // The grid walks panels of gridDim.x row blocks (z), in a panel the column blocks (y), row block (x)
 // fastest: rows of h are read, and columns of the transposed outputs written, in neighbouring
@@ -133,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
                          const int* __restrict__ slot_of_row, int columns, int capacity,
                          u8* __restrict__ dh, float* __restrict__ dh_scale, int dh_scale_ld,
                          u8* __restrict__ dh_t, float* __restrict__ dh_t_scale, int dh_t_scale_ld,
-                         u8* __restrict__ aw_t, float* __restrict__ aw_t_scale, int aw_t_scale_ld,
+                         u8* __restrict__ aw_t, float* __restrict__ aw_t_scale,
                          float* __restrict__ dprob_partial, u16* __restrict__ dh_rounded,
                          u16* __restrict__ aw_rounded) {
   extern __shared__ __align__(128) u8 tile[];
@@ -166,6 +184,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
     copy_async_16(chunk_at(tile, kDown, first + i, chunk), da + row * columns + column, pad);
     copy_async_commit();
   }
+  u32 aw_max = 0;   // in each half of a word
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     float weight = weight_of_row(row_values, i);
@@ -188,6 +207,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
     *chunk_at(tile, kGate, local, chunk) = make_uint4(dg[0], dg[1], dg[2], dg[3]);
     *chunk_at(tile, kUp, local, chunk) = make_uint4(du[0], du[1], du[2], du[3]);
     *chunk_at(tile, kDown, local, chunk) = make_uint4(aw[0], aw[1], aw[2], aw[3]);
+    aw_max = max_u16x2(aw_max, amax_bf16x2(aw[0], aw[1], aw[2], aw[3]));
 
     u32 maxima = reduce_row_max(amax_bf16x8(dg) | amax_bf16x8(du) << 16);
 #pragma unroll
@@ -210,9 +230,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
       *reinterpret_cast<uint4*>(aw_rounded + (i64)(row0 + local) * columns + column) =
           make_uint4(aw[0], aw[1], aw[2], aw[3]);
   }
+  int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  aw_max = __reduce_max_sync(kFullWarp, fold_max_16x2(aw_max));
+  if (lane == 0) results.aw_max[warp] = aw_max;
   __syncthreads();
 
-  int warp = threadIdx.x / 32;
   {
     int which = threadIdx.x >> 7, row = threadIdx.x & 127;
     i64 at = row0 + row;
@@ -228,6 +250,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   cast_columns(tile, kGate, warp, out, capacity, scale, inverses[warp]);
   cast_columns(tile, kUp, warp, out + (i64)columns * capacity, capacity, scale + columns,
                inverses[warp]);
-  cast_columns(tile, kDown, warp, aw_t + channel * capacity + row0, capacity,
-               aw_t_scale + (i64)row_block * aw_t_scale_ld + channel, inverses[warp]);
+  aw_max = __reduce_max_sync(kFullWarp, results.aw_max[lane % kWarps]);
+  BlockScale aw_scale = block_scale<kPow2>(aw_max << 16);
+  if (threadIdx.x == 0)
+    aw_t_scale[(i64)column_block * (capacity / kTileRows) + row_block] = aw_scale.scale;
+  float inv[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) inv[j] = aw_scale.inv;
+  store_columns(load_columns(tile, kDown, warp), inv, aw_t + channel * capacity + row0, capacity);
 }
