@@ -69,7 +69,7 @@ def cast_cases(shape: Shape) -> list[Case]:
     padded = int(((sizes + 127) // 128 * 128).sum())
     row_out = cast.cast_per_token(x, True)
     block_out = cast.cast_per_block(w, True)
-    channel_out = cast.cast_per_channel(grouped, ends, True)
+    channel_out = cast.cast_per_channel(grouped, ends, True, False)
     channel_bytes = used(channel_out[0], padded, 1) + used(channel_out[1], padded // 128, 1)
     return [
         Case(
@@ -94,7 +94,7 @@ def cast_cases(shape: Shape) -> list[Case]:
         ),
         Case(
             f"cast_per_channel {tuple(grouped.shape)}",
-            lambda: cast.cast_per_channel(grouped, ends, True),
+            lambda: cast.cast_per_channel(grouped, ends, True, False),
             nbytes(grouped, ends) + channel_bytes,
         ),
     ]
@@ -139,7 +139,7 @@ def layer_cases(shape: Shape) -> list[Case]:
         ),
         Case(
             "permute_fp8_to_channel",
-            lambda: permute.permute_fp8_to_channel(*x8, slot_of_row, topk, True),
+            lambda: permute.permute_fp8_to_channel(*x8, slot_of_row, topk, True, False),
             nbytes(*x8) + row_map + fp8_rows,
         ),
         Case(
@@ -154,7 +154,7 @@ def layer_cases(shape: Shape) -> list[Case]:
         ),
         Case(
             "cast_permute_to_channel",
-            lambda: cast_permute.cast_permute_to_channel(x, slot_of_row, topk, True),
+            lambda: cast_permute.cast_permute_to_channel(x, slot_of_row, topk, True, False),
             nbytes(x) + row_map + fp8_rows,
         ),
         Case(

@@ -178,7 +178,7 @@ def test_per_block_is_the_loop(device: torch.device, dtype: torch.dtype, pow2: b
 def test_per_channel_is_the_loop(device: torch.device, dtype: torch.dtype, pow2: bool) -> None:
     sizes = [0, 3, 0, 130, 128, 0]
     x = torch.cat([values((200, 9), dtype), adversarial(dtype).t()[:64, :9]])
-    data, scale = cast.cast_per_channel(x.to(device), ends_of(sizes, device), pow2)
+    data, scale = cast.cast_per_channel(x.to(device), ends_of(sizes, device), pow2, False)
     expected = loop_per_channel(x, sizes, pow2)
     used = expected[0].shape[1]
     assert same_all((data[:, :used], scale[:, : used // 128]), expected)
@@ -202,8 +202,8 @@ def test_any_strides(device: torch.device) -> None:
     )
     w = x.reshape(3, 100, 257)
     assert same_all(cast.cast_per_block(w.mT, True), cast.cast_per_block(w.mT.clone(), True))
-    channel = cast.cast_per_channel(x.t(), ends, True)
-    expected = cast.cast_per_channel(x.t().clone(), ends, True)
+    channel = cast.cast_per_channel(x.t(), ends, True, False)
+    expected = cast.cast_per_channel(x.t().clone(), ends, True, False)
     assert same_all(
         (channel[0][:, :384], channel[1][:, :3]), (expected[0][:, :384], expected[1][:, :3])
     )
@@ -218,7 +218,7 @@ def test_empty(device: torch.device, shape: tuple[int, int]) -> None:
     data, scale, data_t, scale_t = cast.cast_per_block_both(x[None], True)
     assert data.shape == (1, *shape) and data_t.shape == (1, columns, rows)
     assert cast.transpose_per_block(data, scale)[0].shape == data_t.shape
-    data, _ = cast.cast_per_channel(x, ends_of([rows, 0], device), True)
+    data, _ = cast.cast_per_channel(x, ends_of([rows, 0], device), True, False)
     assert data.shape == (columns, padded_capacity(rows, 2))
 
 
@@ -228,7 +228,7 @@ def test_layouts(device: torch.device) -> None:
     assert data.dtype == FP8_DTYPE and data.is_contiguous() and data.shape == x.shape
     assert scale.dtype == torch.float32 and scale.shape == (130, 3)
     assert scale.stride() == (1, scale_ld(130)) and scale_ld(130) == 132
-    data, scale = cast.cast_per_channel(x, ends_of([1, 129], device), True)
+    data, scale = cast.cast_per_channel(x, ends_of([1, 129], device), True, False)
     assert data.is_contiguous() and data.shape == (260, 384)
     assert scale.shape == (260, 3) and scale.stride() == (1, 260)
     _, scale, _, scale_t = cast.cast_per_block_both(x[None], True)
@@ -240,7 +240,7 @@ def test_cpu_raises_bad_group_ends() -> None:
     x = torch.randn(200, 64)
     for ends in ([5, 3, 200], [5, 200, 201]):
         with pytest.raises(ValueError, match=r"group_ends\[\d\]"):
-            cast.cast_per_channel(x, torch.tensor(ends, dtype=torch.int32), True)
+            cast.cast_per_channel(x, torch.tensor(ends, dtype=torch.int32), True, False)
 
 
 # --------------------------------------------------------------------------------- negative control
@@ -275,7 +275,7 @@ def ops_with_arguments(device: torch.device | str) -> list[tuple[Callable, tuple
         (cast.cast_per_block, (w, False)),
         (cast.cast_per_block_both, (w, True)),
         (cast.transpose_per_block, (data, scale)),
-        (cast.cast_per_channel, (x, ends_of([3, 100, 0, 27], device), True)),
+        (cast.cast_per_channel, (x, ends_of([3, 100, 0, 27], device), True, False)),
     ]
 
 
@@ -296,7 +296,7 @@ def test_fake_outputs_match_real_ones(device: torch.device) -> None:
 
 def test_compiles_as_one_graph() -> None:
     def casts(x: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return *cast.cast_per_token(x, True), *cast.cast_per_channel(x, ends, True)
+        return *cast.cast_per_token(x, True), *cast.cast_per_channel(x, ends, True, False)
 
     compiled = torch.compile(casts, backend="aot_eager", fullgraph=True, dynamic=True)
     for rows in (130, 200):
@@ -346,16 +346,16 @@ def test_compiles_as_one_graph() -> None:
             "scale: expected torch.float32, got torch.float64",
         ),
         (
-            lambda: cast.cast_per_channel(torch.zeros(4, 3), torch.tensor([4]), True),
+            lambda: cast.cast_per_channel(torch.zeros(4, 3), torch.tensor([4]), True, False),
             "group_ends: expected torch.int32, got torch.int64",
         ),
         (
-            lambda: cast.cast_per_channel(torch.zeros(4, 3), torch.zeros(1, 1).int(), True),
+            lambda: cast.cast_per_channel(torch.zeros(4, 3), torch.zeros(1, 1).int(), True, False),
             r"group_ends: expected 1 dimensions \(E\), got \(1, 1\)",
         ),
         (
             lambda: cast.cast_per_channel(
-                torch.zeros(4, 3), torch.zeros(1, dtype=torch.int32, device="meta"), True
+                torch.zeros(4, 3), torch.zeros(1, dtype=torch.int32, device="meta"), True, False
             ),
             "group_ends: expected device cpu like x, got meta",
         ),

@@ -48,7 +48,7 @@ class Case:
         x, rows, slots = (t.to(device) for t in (self.x, self.row_of_slot, self.slot_of_row))
         return (
             cast_permute.cast_permute(x, rows, slots, pow2),
-            cast_permute.cast_permute_to_channel(x, slots, self.topk, pow2),
+            cast_permute.cast_permute_to_channel(x, slots, self.topk, pow2, False),
             cast_permute.cast_permute_both(x, slots, self.topk, pow2),
         )
 
@@ -111,7 +111,7 @@ def test_fake_outputs_match_real_ones() -> None:
     x, rows, slots = case.x, case.row_of_slot, case.slot_of_row
     calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
         (cast_permute.cast_permute, (x, rows, slots, True)),
-        (cast_permute.cast_permute_to_channel, (x, slots, 2, True)),
+        (cast_permute.cast_permute_to_channel, (x, slots, 2, True, False)),
         (cast_permute.cast_permute_both, (x, slots, 2, True)),
         (permute.permute_fp8, (*reference.cast_per_token(x, True), rows, slots)),
     ]

@@ -121,9 +121,9 @@ def test_fp8_movements(
     expected_rows = rows_used(reference.permute_fp8(data, scale, row_of_slot, slot_of_row), used)
     assert_same(rows_used(permute.permute_fp8(*x8, *maps), used), expected_rows)
     for pow2 in (True, False):
-        expected = reference.permute_fp8_to_channel(data, scale, slot_of_row, topk, pow2)
+        expected = reference.permute_fp8_to_channel(data, scale, slot_of_row, topk, pow2, False)
         expected = columns_used(expected, used)
-        got = permute.permute_fp8_to_channel(*args, pow2)
+        got = permute.permute_fp8_to_channel(*args, pow2, False)
         assert got[1].stride() == empty_scale(*got[1].shape).stride()
         assert_same(columns_used(got, used), expected)
         both = permute.permute_fp8_both(*args, pow2)
@@ -151,9 +151,9 @@ def test_any_row_scales_convert_exactly(device: torch.device, data: Any) -> None
     data8 = data8.to(torch.uint8).view(FP8_DTYPE)
     _, slot_of_row, _, _ = reference.route(torch.zeros((128, 1), dtype=torch.int64), 1)
     got = permute.permute_fp8_to_channel(
-        data8.to(device), to_device(scale, device), slot_of_row.to(device), 1, True
+        data8.to(device), to_device(scale, device), slot_of_row.to(device), 1, True, False
     )
-    expected = reference.permute_fp8_to_channel(data8, scale, slot_of_row, 1, True)
+    expected = reference.permute_fp8_to_channel(data8, scale, slot_of_row, 1, True, False)
     assert_same(got, expected)
 
 
@@ -247,7 +247,7 @@ def test_fake_outputs_match_real_ones() -> None:
         (permute.route, (ids, 3)),
         (permute.permute_rows, (torch.randn(50, 16).bfloat16(), row_of_slot, slot_of_row)),
         (permute.permute_fp8, (data, scale, row_of_slot, slot_of_row)),
-        (permute.permute_fp8_to_channel, (data, scale, slot_of_row, 2, True)),
+        (permute.permute_fp8_to_channel, (data, scale, slot_of_row, 2, True, False)),
         (permute.permute_fp8_both, (data, scale, slot_of_row, 2, True)),
         (permute.gather_sum, (rows, row_of_slot)),
         (permute.gather_slots, (torch.randn(2, len(slot_of_row)), row_of_slot)),

@@ -126,7 +126,7 @@ def test_fp8_permutations(kind: str, hidden: int, pow2: bool) -> None:
         scale[:used], x8.scale[token].masked_fill(slot[:, None] < 0, FLOOR_SCALE_POW2)
     )
 
-    data_t, scale_t = reference.permute_fp8_to_channel(*x8, slot_of_row, topk, pow2)
+    data_t, scale_t = reference.permute_fp8_to_channel(*x8, slot_of_row, topk, pow2, False)
     values = quant.dequantize(x8)[token].masked_fill(slot[:, None] < 0, 0)
     expected = quant.per_channel(values, group_ends, pow2=pow2)
     assert torch.equal(
@@ -147,7 +147,7 @@ def test_column_conversion_shows_a_nan_row_in_its_blocks_only() -> None:
     x[7, 3] = float("nan")
     ids = (torch.arange(200) // 100).view(200, 1)
     _, slot_of_row, _, _ = reference.route(ids, 2)
-    data, scale = reference.permute_fp8_to_channel(*quant.per_token(x), slot_of_row, 1, True)
+    data, scale = reference.permute_fp8_to_channel(*quant.per_token(x), slot_of_row, 1, True, False)
     nan = quant.dequantize(quant.FP8Tensor(data[:, :256], scale[:, :2])).isnan()
     assert nan[:, :128].all() and not nan[:, 128:].any()
 
