@@ -364,10 +364,10 @@ def permute_fp8_to_channel(
 
     With power-of-two scales on both sides only values that become subnormal are rounded again.
 
-    With `block` the scale of 128 rows x 128 channels, scale_t[h // 128, r // 128], is the largest of
-    its rows' scales in `scale` (with pow2 rounded up to a power of two): what a cast of the block's
-    own values would have found, since a scale grows with the maximum it is made from. The smallest
-    scale that a cast gives is the least here too.
+    With `block` the scale of 128 rows x 128 channels, scale_t[h // 128, r // 128], is the largest
+    of its rows' scales (with pow2 rounded up to a power of two, and at least the scale of zeros):
+    what the block's own values would have got, because a scale grows with the maximum it is made
+    from. Values are multiplied out in FP32 and then by 448 / (448 * scale_t).
 
     Args:
         data: (T, H) float8_e4m3fn, contiguous, H a multiple of 128.

@@ -78,17 +78,17 @@ def loop_per_block(w: torch.Tensor, pow2: bool) -> tuple[torch.Tensor, torch.Ten
 
 
 def loop_per_channel(
-    x: torch.Tensor, sizes: list[int], pow2: bool
+    x: torch.Tensor, sizes: list[int], pow2: bool, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Only the used columns."""
+    """Only the used columns; one scale for `width` channels."""
     blocks, scales, first = [], [], 0
     for size in sizes:
         for row in range(first, first + size, 128):
             block = torch.zeros((128, x.shape[1]), dtype=x.dtype)
             end = min(row + 128, first + size)
             block[: end - row] = x[row:end]
-            parts = [cast_block(block[:, c], pow2) for c in range(x.shape[1])]
-            blocks.append(torch.stack([p[0] for p in parts]))
+            parts = [cast_block(channels, pow2) for channels in block.split(width, dim=1)]
+            blocks.append(torch.cat([p[0] for p in parts], dim=1).t())
             scales.append(torch.tensor([p[1] for p in parts]))
         first += size
     return torch.cat(blocks, dim=1), torch.stack(scales, dim=1)
@@ -173,13 +173,19 @@ def test_per_block_is_the_loop(device: torch.device, dtype: torch.dtype, pow2: b
         assert same_all(both, (data, scale, data.mT, scale.mT))
 
 
+@pytest.mark.parametrize("block", [False, True], ids=["channels", "blocks"])
 @dtypes
 @pow2s
-def test_per_channel_is_the_loop(device: torch.device, dtype: torch.dtype, pow2: bool) -> None:
+def test_per_channel_is_the_loop(
+    device: torch.device, dtype: torch.dtype, pow2: bool, block: bool
+) -> None:
     sizes = [0, 3, 0, 130, 128, 0]
     x = torch.cat([values((200, 9), dtype), adversarial(dtype).t()[:64, :9]])
-    data, scale = cast.cast_per_channel(x.to(device), ends_of(sizes, device), pow2, False)
-    expected = loop_per_channel(x, sizes, pow2)
+    if block:
+        x = torch.cat([x, values((264, 121), dtype, seed=1)], dim=1)
+        x[3:133, :128] = 0
+    data, scale = cast.cast_per_channel(x.to(device), ends_of(sizes, device), pow2, block)
+    expected = loop_per_channel(x, sizes, pow2, 128 if block else 1)
     used = expected[0].shape[1]
     assert same_all((data[:, :used], scale[:, : used // 128]), expected)
 
@@ -218,8 +224,9 @@ def test_empty(device: torch.device, shape: tuple[int, int]) -> None:
     data, scale, data_t, scale_t = cast.cast_per_block_both(x[None], True)
     assert data.shape == (1, *shape) and data_t.shape == (1, columns, rows)
     assert cast.transpose_per_block(data, scale)[0].shape == data_t.shape
-    data, _ = cast.cast_per_channel(x, ends_of([rows, 0], device), True, False)
-    assert data.shape == (columns, padded_capacity(rows, 2))
+    for block in (False, True):
+        data, _ = cast.cast_per_channel(x, ends_of([rows, 0], device), True, block)
+        assert data.shape == (columns, padded_capacity(rows, 2))
 
 
 def test_layouts(device: torch.device) -> None:
@@ -231,6 +238,9 @@ def test_layouts(device: torch.device) -> None:
     data, scale = cast.cast_per_channel(x, ends_of([1, 129], device), True, False)
     assert data.is_contiguous() and data.shape == (260, 384)
     assert scale.shape == (260, 3) and scale.stride() == (1, 260)
+    data, scale = cast.cast_per_channel(x, ends_of([1, 129], device), True, True)
+    assert data.is_contiguous() and data.shape == (260, 384)
+    assert scale.shape == (3, 3) and scale.is_contiguous()
     _, scale, _, scale_t = cast.cast_per_block_both(x[None], True)
     assert scale.is_contiguous() and scale_t.is_contiguous()
     assert scale.shape == (1, 2, 3) and scale_t.shape == (1, 3, 2)
@@ -276,6 +286,7 @@ def ops_with_arguments(device: torch.device | str) -> list[tuple[Callable, tuple
         (cast.cast_per_block_both, (w, True)),
         (cast.transpose_per_block, (data, scale)),
         (cast.cast_per_channel, (x, ends_of([3, 100, 0, 27], device), True, False)),
+        (cast.cast_per_channel, (x, ends_of([3, 100, 0, 27], device), True, True)),
     ]
 
 
@@ -368,6 +379,6 @@ def test_bad_arguments(call: Callable[[], object], message: str) -> None:
 
 def test_kernel_specs_are_distinct_and_exist() -> None:
     specs = cast.kernel_specs()
-    assert len(set(specs)) == len(specs) == 4 * 3 * 2 * 2 + 2
+    assert len(set(specs)) == len(specs) == (3 + 2) * 3 * 2 * 2 + 2
     for spec in specs:
         assert f"\n{spec.entry}(" in jit.render(spec) or f" {spec.entry}(" in jit.render(spec)

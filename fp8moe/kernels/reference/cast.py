@@ -192,7 +192,7 @@ def cast_rows_per_channel(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """data[n, r] = e4m3(rows[r, n] / scale[n, r // 128]), rows already padded to 128.
 
-    With `block`, scale[n // 128, r // 128]. Columns from rows.shape[0] to `capacity` stay undefined.
+    With `block`, scale[n // 128, r // 128]. Columns from rows.shape[0] to `capacity` are undefined.
     """
     r, n = rows.shape
     out = empty_per_channel(n, capacity, rows.device, block)
