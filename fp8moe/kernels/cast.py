@@ -32,14 +32,16 @@ _SOURCES = {
 _THREADS = 256
 
 
+def _constants(dtype: torch.dtype, pow2: bool, aligned: bool) -> tuple[tuple[str, int | str], ...]:
+    return ("INPUT", INPUTS[dtype]), ("POW2", int(pow2)), ("ALIGNED", int(aligned))
+
+
 def _spec(entry: str, dtype: torch.dtype, pow2: bool, aligned: bool) -> jit.KernelSpec:
-    constants = (("INPUT", INPUTS[dtype]), ("POW2", int(pow2)), ("ALIGNED", int(aligned)))
-    return jit.KernelSpec(_SOURCES[entry], entry, constants)
+    return jit.KernelSpec(_SOURCES[entry], entry, _constants(dtype, pow2, aligned))
 
 
 def _channel_spec(dtype: torch.dtype, pow2: bool, aligned: bool, block: bool) -> jit.KernelSpec:
-    constants = (("INPUT", INPUTS[dtype]), ("POW2", int(pow2)), ("ALIGNED", int(aligned)))
-    constants = (*constants, ("BLOCK", int(block)))
+    constants = (*_constants(dtype, pow2, aligned), ("BLOCK", int(block)))
     return jit.KernelSpec("cast_per_channel.cuh", "cast_per_channel", constants)
 
 

@@ -1,4 +1,4 @@
-"""Columns with one scale per 128 x 128 block: the kernels' source on the CPU against the reference."""
+"""Columns with one scale per 128 x 128 block: the kernels' source, run on the CPU."""
 
 from __future__ import annotations
 
