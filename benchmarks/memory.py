@@ -69,8 +69,9 @@ def cast_cases(shape: Shape) -> list[Case]:
     padded = int(((sizes + 127) // 128 * 128).sum())
     row_out = cast.cast_per_token(x, True)
     block_out = cast.cast_per_block(w, True)
-    channel_out = cast.cast_per_channel(grouped, ends, True)
+    channel_out = cast.cast_per_channel(grouped, ends, True, False)
     channel_bytes = used(channel_out[0], padded, 1) + used(channel_out[1], padded // 128, 1)
+    block_bytes = padded * shape.hidden + padded // 128 * (shape.hidden // 128) * 4
     return [
         Case(
             f"cast_per_token {tuple(x.shape)}",
@@ -94,8 +95,13 @@ def cast_cases(shape: Shape) -> list[Case]:
         ),
         Case(
             f"cast_per_channel {tuple(grouped.shape)}",
-            lambda: cast.cast_per_channel(grouped, ends, True),
+            lambda: cast.cast_per_channel(grouped, ends, True, False),
             nbytes(grouped, ends) + channel_bytes,
+        ),
+        Case(
+            f"cast_per_channel blocks {tuple(grouped.shape)}",
+            lambda: cast.cast_per_channel(grouped, ends, True, True),
+            nbytes(grouped, ends) + block_bytes,
         ),
     ]
 
@@ -119,6 +125,7 @@ def layer_cases(shape: Shape) -> list[Case]:
     partials = torch.rand(intermediate // 128, len(slot_of_row), device="cuda")
     row_map = used(slot_of_row, rows)
     fp8_rows = rows * hidden + rows * hidden // 128 * 4
+    fp8_blocks = rows * hidden + rows // 128 * (hidden // 128) * 4
 
     def activation_bytes(columns: int) -> int:
         return rows * columns + rows * columns // 128 * 4
@@ -140,8 +147,13 @@ def layer_cases(shape: Shape) -> list[Case]:
         ),
         Case(
             "permute_fp8_to_channel",
-            lambda: permute.permute_fp8_to_channel(*x8, slot_of_row, topk, True),
+            lambda: permute.permute_fp8_to_channel(*x8, slot_of_row, topk, True, False),
             nbytes(*x8) + row_map + fp8_rows,
+        ),
+        Case(
+            "permute_fp8_to_channel blocks",
+            lambda: permute.permute_fp8_to_channel(*x8, slot_of_row, topk, True, True),
+            nbytes(*x8) + row_map + fp8_blocks,
         ),
         Case(
             "permute_fp8_both",
@@ -155,8 +167,13 @@ def layer_cases(shape: Shape) -> list[Case]:
         ),
         Case(
             "cast_permute_to_channel",
-            lambda: cast_permute.cast_permute_to_channel(x, slot_of_row, topk, True),
+            lambda: cast_permute.cast_permute_to_channel(x, slot_of_row, topk, True, False),
             nbytes(x) + row_map + fp8_rows,
+        ),
+        Case(
+            "cast_permute_to_channel blocks",
+            lambda: cast_permute.cast_permute_to_channel(x, slot_of_row, topk, True, True),
+            nbytes(x) + row_map + fp8_blocks,
         ),
         Case(
             "cast_permute_both",

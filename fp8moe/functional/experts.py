@@ -188,7 +188,7 @@ def backward_rows(
     elif need_da:
         dyp8 = dy.rows(row_of_slot, slot_of_row, pow2)
     else:
-        dy_t = dy.columns(slot_of_row, topk, pow2)
+        dy_t = dy.columns(slot_of_row, topk, pow2, block=False)
     if need_da:
         w2_t = held(*held_w[2:4], pow2=pow2_w, transposed=True)
         da = m_grouped_gemm_nt(dyp8, w2_t, ends)
@@ -214,7 +214,7 @@ def backward_rows(
         dw2 = fp8_wgrad(dy_t, FP8Tensor(a_data_t, a_scale_t), ends, ctx.w2, ctx.w2_dtype)
         del dy_t
     if need_w13:
-        x_t = Tokens.saved(x_data, x_scale).columns(slot_of_row, topk, pow2)
+        x_t = Tokens.saved(x_data, x_scale).columns(slot_of_row, topk, pow2, block=True)
         dh_t = FP8Tensor(dh_data_t, dh_scale_t)
         dw13 = fp8_wgrad(dh_t, x_t, ends, ctx.w13, ctx.w13_dtype)
     return dx, dp, dw13, dw2

@@ -49,11 +49,13 @@ class Tokens(NamedTuple):
             return FP8Tensor(*cast_permute(self.data, row_of_slot, slot_of_row, pow2))
         return FP8Tensor(*permute_fp8(self.data, self.scale, row_of_slot, slot_of_row))
 
-    def columns(self, slot_of_row: torch.Tensor, topk: int, pow2: bool) -> FP8Tensor:
-        """(H, Rcap) per_channel, in expert order."""
+    def columns(
+        self, slot_of_row: torch.Tensor, topk: int, pow2: bool, *, block: bool
+    ) -> FP8Tensor:
+        """(H, Rcap) in expert order: per_channel, or with `block` one scale for 128 x 128."""
         if self.scale is None and topk <= ONE_PASS_TOPK:
-            return FP8Tensor(*cast_permute_to_channel(self.data, slot_of_row, topk, pow2))
-        return FP8Tensor(*permute_fp8_to_channel(*self.fp8(pow2), slot_of_row, topk, pow2))
+            return FP8Tensor(*cast_permute_to_channel(self.data, slot_of_row, topk, pow2, block))
+        return FP8Tensor(*permute_fp8_to_channel(*self.fp8(pow2), slot_of_row, topk, pow2, block))
 
     def both(self, slot_of_row: torch.Tensor, topk: int, pow2: bool) -> tuple[FP8Tensor, FP8Tensor]:
         """(rows, columns) from one read."""

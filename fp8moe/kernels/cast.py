@@ -28,14 +28,21 @@ _SOURCES = {
     "cast_per_token": "cast.cuh",
     "cast_per_block": "cast.cuh",
     "cast_per_block_both": "cast.cuh",
-    "cast_per_channel": "cast_per_channel.cuh",
 }
 _THREADS = 256
 
 
+def _constants(dtype: torch.dtype, pow2: bool, aligned: bool) -> tuple[tuple[str, int | str], ...]:
+    return ("INPUT", INPUTS[dtype]), ("POW2", int(pow2)), ("ALIGNED", int(aligned))
+
+
 def _spec(entry: str, dtype: torch.dtype, pow2: bool, aligned: bool) -> jit.KernelSpec:
-    constants = (("INPUT", INPUTS[dtype]), ("POW2", int(pow2)), ("ALIGNED", int(aligned)))
-    return jit.KernelSpec(_SOURCES[entry], entry, constants)
+    return jit.KernelSpec(_SOURCES[entry], entry, _constants(dtype, pow2, aligned))
+
+
+def _channel_spec(dtype: torch.dtype, pow2: bool, aligned: bool, block: bool) -> jit.KernelSpec:
+    constants = (*_constants(dtype, pow2, aligned), ("BLOCK", int(block)))
+    return jit.KernelSpec("cast_per_channel.cuh", "cast_per_channel", constants)
 
 
 def _transpose_spec(aligned: bool) -> jit.KernelSpec:
@@ -47,6 +54,11 @@ def _transpose_spec(aligned: bool) -> jit.KernelSpec:
 @functools.cache
 def _kernel(entry: str, dtype: torch.dtype, pow2: bool, aligned: bool) -> launch.Kernel:
     return jit.load(_spec(entry, dtype, pow2, aligned))
+
+
+@functools.cache
+def _channel_kernel(dtype: torch.dtype, pow2: bool, aligned: bool, block: bool) -> launch.Kernel:
+    return jit.load(_channel_spec(dtype, pow2, aligned, block))
 
 
 @functools.cache
@@ -64,6 +76,13 @@ def kernel_specs() -> list[jit.KernelSpec]:
         for dtype in INPUTS
         for pow2 in (True, False)
         for aligned in (True, False)
+    ]
+    specs += [
+        _channel_spec(dtype, pow2, aligned, block)
+        for dtype in INPUTS
+        for pow2 in (True, False)
+        for aligned in (True, False)
+        for block in (True, False)
     ]
     return [*specs, _transpose_spec(True), _transpose_spec(False)]
 
@@ -83,10 +102,13 @@ def _per_block_outputs(e: int, n: int, k: int, device: torch.device) -> Pair:
     return data, torch.empty(shape, dtype=torch.float32, device=device)
 
 
-def _per_channel_outputs(x: Tensor, group_ends: Tensor) -> Pair:
+def _per_channel_outputs(x: Tensor, group_ends: Tensor, block: bool) -> Pair:
     r, n = x.shape
     capacity = padded_capacity(r, group_ends.shape[0])
     data = torch.empty((n, capacity), dtype=FP8_DTYPE, device=x.device)
+    if block:
+        shape = (ceil_div(n, BLOCK), capacity // BLOCK)
+        return data, torch.empty(shape, dtype=torch.float32, device=x.device)
     return data, empty_scale(n, capacity // BLOCK, x.device)
 
 
@@ -138,15 +160,15 @@ def _transpose_per_block_cuda(data: Tensor, scale: Tensor) -> Pair:
     return data_t, scale_t
 
 
-def _cast_per_channel_cuda(x: Tensor, group_ends: Tensor, pow2: bool) -> Pair:
-    data, scale = _per_channel_outputs(x, group_ends)
+def _cast_per_channel_cuda(x: Tensor, group_ends: Tensor, pow2: bool, block: bool) -> Pair:
+    data, scale = _per_channel_outputs(x, group_ends, block)
     (r, n), e = x.shape, group_ends.shape[0]
     if n:
         capacity = data.shape[1]
         grid = capacity // BLOCK * ceil_div(n, BLOCK)
         errors = ctypes.c_void_p(status.pointer(x.device))
-        sizes = (r, n, e, capacity, scale_ld(n))
-        kernel = _kernel("cast_per_channel", x.dtype, pow2, _aligned(x, 8))
+        sizes = (r, n, e, capacity, capacity // BLOCK if block else scale_ld(n))
+        kernel = _channel_kernel(x.dtype, pow2, _aligned(x, 8), block)
         kernel(grid, _THREADS, (x, group_ends, data, scale, errors, *sizes))
     return data, scale
 
@@ -173,8 +195,8 @@ def _transpose_per_block_fake(data: Tensor, scale: Tensor) -> Pair:
     return _per_block_outputs(e, k, n, data.device)
 
 
-def _cast_per_channel_fake(x: Tensor, group_ends: Tensor, pow2: bool) -> Pair:
-    return _per_channel_outputs(x, group_ends)
+def _cast_per_channel_fake(x: Tensor, group_ends: Tensor, pow2: bool, block: bool) -> Pair:
+    return _per_channel_outputs(x, group_ends, block)
 
 
 _cast_per_token_op = registry.define_op(
@@ -202,7 +224,7 @@ _transpose_per_block_op = registry.define_op(
     fake=_transpose_per_block_fake,
 )
 _cast_per_channel_op = registry.define_op(
-    "cast_per_channel(Tensor x, Tensor group_ends, bool pow2) -> (Tensor, Tensor)",
+    "cast_per_channel(Tensor x, Tensor group_ends, bool pow2, bool block) -> (Tensor, Tensor)",
     cpu=reference.cast_per_channel,
     cuda=_cast_per_channel_cuda,
     fake=_cast_per_channel_fake,
@@ -320,7 +342,7 @@ def transpose_per_block(data: Tensor, scale: Tensor) -> Pair:
     return _transpose_per_block_op(data.contiguous(), scale.contiguous())
 
 
-def cast_per_channel(x: Tensor, group_ends: Tensor, pow2: bool) -> Pair:
+def cast_per_channel(x: Tensor, group_ends: Tensor, pow2: bool, block: bool) -> Pair:
     """data[n, start_g + i] = e4m3(x[row_g + i, n] / scale[n, (start_g + i) // 128]), transposed.
 
     Group g holds rows [group_ends[g-1], group_ends[g]) of x, from row_g on. In the output it starts
@@ -333,12 +355,14 @@ def cast_per_channel(x: Tensor, group_ends: Tensor, pow2: bool) -> Pair:
             device: an end that decreases or exceeds R is raised by a later operator (on a CPU, at
             once).
         pow2: round scales up to powers of two.
+        block: one scale for 128 rows x 128 channels instead of 128 rows of one channel.
 
     Returns:
         data: (N, C) float8_e4m3fn, contiguous, C = max(128, floor((R + 127 E) / 128) * 128).
             Columns past the last group's padded end are undefined.
-        scale: (N, C/128) float32, MN-major: strides (1, ceil(N/4)*4); NaN, Inf and zeros as in
-            `cast_per_token`.
+        scale: (N, C/128) float32, MN-major: strides (1, ceil(N/4)*4); or with `block`
+            (ceil(N/128), C/128), contiguous, for scale[n // 128, c // 128]: per_block, of the
+            transposed matrix. NaN, Inf and zeros as in `cast_per_token`.
 
     Raises: ValueError when dtypes, dimensions or devices do not match.
 
@@ -349,4 +373,4 @@ def cast_per_channel(x: Tensor, group_ends: Tensor, pow2: bool) -> Pair:
         raise ValueError(f"group_ends: expected torch.int32, got {group_ends.dtype}")
     _check_dims("group_ends", group_ends, ("E",))
     _check_device("group_ends", group_ends, "x", x.device)
-    return _cast_per_channel_op(x.contiguous(), group_ends.contiguous(), pow2)
+    return _cast_per_channel_op(x.contiguous(), group_ends.contiguous(), pow2, block)

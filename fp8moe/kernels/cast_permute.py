@@ -29,8 +29,8 @@ def _rows_spec(pow2: bool) -> jit.KernelSpec:
     return jit.KernelSpec("cast_permute.cuh", "cast_permute", (("POW2", int(pow2)),))
 
 
-def _channel_spec(pow2: bool, with_rows: bool) -> jit.KernelSpec:
-    constants = (("POW2", int(pow2)), ("WITH_ROWS", int(with_rows)))
+def _channel_spec(pow2: bool, block: bool, with_rows: bool) -> jit.KernelSpec:
+    constants = permute.to_channel_constants(pow2, block, with_rows)
     return jit.KernelSpec("cast_transpose.cuh", "cast_permute_to_channel", constants)
 
 
@@ -40,14 +40,15 @@ def _rows_kernel(pow2: bool) -> launch.Kernel:
 
 
 @functools.cache
-def _channel_kernel(pow2: bool, with_rows: bool) -> launch.Kernel:
-    return jit.load(_channel_spec(pow2, with_rows))
+def _channel_kernel(pow2: bool, block: bool, with_rows: bool) -> launch.Kernel:
+    return jit.load(_channel_spec(pow2, block, with_rows))
 
 
 def kernel_specs() -> list[jit.KernelSpec]:
     """Every kernel configuration that this module can launch."""
     specs = [_rows_spec(pow2) for pow2 in (False, True)]
-    return specs + [_channel_spec(pow2, rows) for pow2 in (False, True) for rows in (False, True)]
+    forms = permute.TO_CHANNEL_FORMS
+    return specs + [_channel_spec(pow2, *form) for pow2 in (False, True) for form in forms]
 
 
 def _rows_cuda(
@@ -90,6 +91,7 @@ def _launch_channel(
     slot_of_row: torch.Tensor,
     topk: int,
     pow2: bool,
+    block: bool,
     rows_out: Pair | None,
     channel_out: Pair,
 ) -> None:
@@ -99,7 +101,7 @@ def _launch_channel(
     check_aligned(x=x, slot_of_row=slot_of_row)
     multiplier, shift = permute.divisor(topk)
     data_t, scale_t = channel_out
-    _channel_kernel(pow2, rows_out is not None)(
+    _channel_kernel(pow2, block, rows_out is not None)(
         (capacity // BLOCK, columns // BLOCK),
         THREADS,
         (
@@ -114,35 +116,39 @@ def _launch_channel(
             rows_out[1].stride(1) if rows_out else 0,
             data_t,
             scale_t,
-            scale_t.stride(1),
+            permute.scale_pitch(scale_t, block),
         ),
     )
 
 
-def _channel_cuda(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool) -> Pair:
+def _channel_cuda(
+    x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool, block: bool
+) -> Pair:
     if x.dtype != torch.bfloat16:
         x8 = cast._cast_per_token_cuda(x, pow2)
-        return permute._permute_fp8_to_channel_cuda(*x8, slot_of_row, topk, pow2)
-    out = permute.channel_like(x, slot_of_row)
-    _launch_channel(x, slot_of_row, topk, pow2, None, out)
+        return permute._permute_fp8_to_channel_cuda(*x8, slot_of_row, topk, pow2, block)
+    out = permute.channel_like(x, slot_of_row, block)
+    _launch_channel(x, slot_of_row, topk, pow2, block, None, out)
     return out
 
 
-def _channel_fake(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool) -> Pair:
-    return permute.channel_like(x, slot_of_row)
+def _channel_fake(
+    x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool, block: bool
+) -> Pair:
+    return permute.channel_like(x, slot_of_row, block)
 
 
 def _both_cuda(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool) -> Four:
     if x.dtype != torch.bfloat16:
         x8 = cast._cast_per_token_cuda(x, pow2)
         return permute._permute_fp8_both_cuda(*x8, slot_of_row, topk, pow2)
-    rows, channel = permute.rows_like(x, slot_of_row), permute.channel_like(x, slot_of_row)
-    _launch_channel(x, slot_of_row, topk, pow2, rows, channel)
-    return *rows, *channel
+    out = _both_fake(x, slot_of_row, topk, pow2)
+    _launch_channel(x, slot_of_row, topk, pow2, False, out[:2], out[2:])
+    return out
 
 
 def _both_fake(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool) -> Four:
-    return *permute.rows_like(x, slot_of_row), *permute.channel_like(x, slot_of_row)
+    return *permute.rows_like(x, slot_of_row), *permute.channel_like(x, slot_of_row, False)
 
 
 _cast_permute = registry.define_op(
@@ -152,7 +158,7 @@ _cast_permute = registry.define_op(
     fake=_rows_fake,
 )
 _cast_permute_to_channel = registry.define_op(
-    "cast_permute_to_channel(Tensor x, Tensor slot_of_row, int topk, bool pow2)"
+    "cast_permute_to_channel(Tensor x, Tensor slot_of_row, int topk, bool pow2, bool block)"
     " -> (Tensor, Tensor)",
     cpu=reference.cast_permute_to_channel,
     cuda=_channel_cuda,
@@ -194,7 +200,7 @@ def cast_permute(
 
 
 def cast_permute_to_channel(
-    x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
+    x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool, block: bool
 ) -> Pair:
     """permute_fp8_to_channel(cast_per_token(x)).
 
@@ -203,18 +209,21 @@ def cast_permute_to_channel(
         slot_of_row: (Rcap,) int32 from `route`.
         topk: K, slots per token.
         pow2: round scales up to powers of two.
+        block: one scale for 128 rows x 128 channels instead of 128 rows of one channel.
 
-    Returns: data_t (H, Rcap), scale_t (H, Rcap/128), MN-major: per_channel, zero in padding.
+    Returns: data_t (H, Rcap), zero in padding, and
+        scale_t (H, Rcap/128), MN-major: per_channel; or
+        scale_t (H/128, Rcap/128), contiguous: per_block, of the transposed matrix.
 
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
     _check(x, slot_of_row)
     permute.check_topk(topk)
-    return _cast_permute_to_channel(x, slot_of_row, topk, pow2)
+    return _cast_permute_to_channel(x, slot_of_row, topk, pow2, block)
 
 
 def cast_permute_both(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool) -> Four:
-    """permute_fp8_both(cast_per_token(x)).
+    """permute_fp8_both(cast_per_token(x)): columns as with block=False.
 
     Args: as for `cast_permute_to_channel`.
 

@@ -85,24 +85,30 @@ def _permute_kernel(with_scale: bool) -> launch.Kernel:
     return jit.load(_permute_spec(with_scale))
 
 
-def _to_channel_spec(pow2: bool, with_rows: bool) -> jit.KernelSpec:
-    return jit.KernelSpec(
-        "transpose.cuh",
-        "permute_to_channel",
-        (("POW2", int(pow2)), ("WITH_ROWS", int(with_rows))),
-    )
+TO_CHANNEL_FORMS = ((False, False), (False, True), (True, False))
+"""(block, with_rows) of the conversions to channels: rows come with the gradients' columns only."""
+
+
+def to_channel_constants(pow2: bool, block: bool, with_rows: bool) -> tuple[tuple[str, int], ...]:
+    """What transpose.cuh and cast_transpose.cuh are built for."""
+    return ("POW2", int(pow2)), ("BLOCK", int(block)), ("WITH_ROWS", int(with_rows))
+
+
+def _to_channel_spec(pow2: bool, block: bool, with_rows: bool) -> jit.KernelSpec:
+    constants = to_channel_constants(pow2, block, with_rows)
+    return jit.KernelSpec("transpose.cuh", "permute_to_channel", constants)
 
 
 @functools.cache
-def _to_channel_kernel(pow2: bool, with_rows: bool) -> launch.Kernel:
-    return jit.load(_to_channel_spec(pow2, with_rows))
+def _to_channel_kernel(pow2: bool, block: bool, with_rows: bool) -> launch.Kernel:
+    return jit.load(_to_channel_spec(pow2, block, with_rows))
 
 
 def kernel_specs() -> list[jit.KernelSpec]:
     """Every kernel configuration that this module can launch."""
     specs = routing.kernel_specs() + gather.kernel_specs()
     specs += [_permute_spec(with_scale) for with_scale in (False, True)]
-    specs += [_to_channel_spec(pow2, rows) for pow2 in (False, True) for rows in (False, True)]
+    specs += [_to_channel_spec(pow2, *form) for pow2 in (False, True) for form in TO_CHANNEL_FORMS]
     return specs
 
 
@@ -181,13 +187,19 @@ def rows_like(x: torch.Tensor, slot_of_row: torch.Tensor) -> Pair:
     )
 
 
-def channel_like(x: torch.Tensor, slot_of_row: torch.Tensor) -> Pair:
-    """Uninitialised per_channel FP8 data and scale of the same rows."""
+def channel_like(x: torch.Tensor, slot_of_row: torch.Tensor, block: bool) -> Pair:
+    """Uninitialised FP8 data of the same rows, transposed, and its scale: per_channel or blocks."""
     capacity, columns = slot_of_row.shape[0], x.shape[1]
-    return (
-        x.new_empty((columns, capacity), dtype=FP8_DTYPE),
-        empty_scale(columns, capacity // BLOCK, x.device),
-    )
+    data_t = x.new_empty((columns, capacity), dtype=FP8_DTYPE)
+    if block:
+        shape = (ceil_div(columns, BLOCK), capacity // BLOCK)
+        return data_t, x.new_empty(shape, dtype=torch.float32)
+    return data_t, empty_scale(columns, capacity // BLOCK, x.device)
+
+
+def scale_pitch(scale_t: torch.Tensor, block: bool) -> int:
+    """Elements from one row of the scales of `channel_like` in memory to the next."""
+    return scale_t.stride(0 if block else 1)
 
 
 def _launch_to_channel(
@@ -196,6 +208,7 @@ def _launch_to_channel(
     slot_of_row: torch.Tensor,
     topk: int,
     pow2: bool,
+    block: bool,
     rows_out: Pair | None,
     channel_out: Pair,
 ) -> None:
@@ -204,7 +217,7 @@ def _launch_to_channel(
     if columns == 0:
         return
     check_aligned(data=data, slot_of_row=slot_of_row)
-    kernel = _to_channel_kernel(pow2, rows_out is not None)
+    kernel = _to_channel_kernel(pow2, block, rows_out is not None)
     multiplier, shift = divisor(topk)
     data_t, scale_t = channel_out
     kernel(
@@ -224,41 +237,48 @@ def _launch_to_channel(
             rows_out[1].stride(1) if rows_out else 0,
             data_t,
             scale_t,
-            scale_t.stride(1),
+            scale_pitch(scale_t, block),
         ),
     )
 
 
 def _permute_fp8_to_channel_cuda(
-    data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    topk: int,
+    pow2: bool,
+    block: bool,
 ) -> Pair:
-    out = _permute_fp8_to_channel_fake(data, scale, slot_of_row, topk, pow2)
-    _launch_to_channel(data, scale, slot_of_row, topk, pow2, None, out)
+    out = channel_like(data, slot_of_row, block)
+    _launch_to_channel(data, scale, slot_of_row, topk, pow2, block, None, out)
     return out
 
 
 def _permute_fp8_to_channel_fake(
-    data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    topk: int,
+    pow2: bool,
+    block: bool,
 ) -> Pair:
-    return channel_like(data, slot_of_row)
+    return channel_like(data, slot_of_row, block)
 
 
 def _permute_fp8_both_cuda(
     data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
 ) -> Four:
     rows = rows_like(data, slot_of_row)
-    channel = _permute_fp8_to_channel_fake(data, scale, slot_of_row, topk, pow2)
-    _launch_to_channel(data, scale, slot_of_row, topk, pow2, rows, channel)
+    channel = channel_like(data, slot_of_row, False)
+    _launch_to_channel(data, scale, slot_of_row, topk, pow2, False, rows, channel)
     return *rows, *channel
 
 
 def _permute_fp8_both_fake(
     data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
 ) -> Four:
-    return (
-        *rows_like(data, slot_of_row),
-        *_permute_fp8_to_channel_fake(data, scale, slot_of_row, topk, pow2),
-    )
+    return *rows_like(data, slot_of_row), *channel_like(data, slot_of_row, False)
 
 
 # ---- operators ---------------------------------------------------------------------------------
@@ -277,8 +297,8 @@ _permute_fp8 = registry.define_op(
     fake=_permute_fp8_fake,
 )
 _permute_fp8_to_channel = registry.define_op(
-    "permute_fp8_to_channel(Tensor data, Tensor scale, Tensor slot_of_row, int topk, bool pow2)"
-    " -> (Tensor, Tensor)",
+    "permute_fp8_to_channel(Tensor data, Tensor scale, Tensor slot_of_row, int topk, bool pow2,"
+    " bool block) -> (Tensor, Tensor)",
     cpu=reference.permute_fp8_to_channel,
     cuda=_permute_fp8_to_channel_cuda,
     fake=_permute_fp8_to_channel_fake,
@@ -333,11 +353,21 @@ def permute_fp8(
 
 
 def permute_fp8_to_channel(
-    data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    topk: int,
+    pow2: bool,
+    block: bool,
 ) -> Pair:
     """data_t[h, r] = e4m3(x[slot_of_row[r] // topk, h] / scale_t[h, r // 128]), x = data * scale.
 
     With power-of-two scales on both sides only values that become subnormal are rounded again.
+
+    With `block` the scale of 128 rows x 128 channels, scale_t[h // 128, r // 128], is the largest
+    of its rows' scales (with pow2 rounded up to a power of two, and at least the scale of zeros):
+    what the block's own values would have got, because a scale grows with the maximum it is made
+    from. Values are multiplied out in FP32 and then by 448 / (448 * scale_t).
 
     Args:
         data: (T, H) float8_e4m3fn, contiguous, H a multiple of 128.
@@ -345,21 +375,25 @@ def permute_fp8_to_channel(
         slot_of_row: (Rcap,) int32 from `route`.
         topk: K, slots per token.
         pow2: round the new scales up to powers of two.
+        block: one scale for 128 rows x 128 channels instead of 128 rows of one channel.
 
-    Returns: data_t (H, Rcap), scale_t (H, Rcap/128), MN-major: per_channel, zero in padding.
+    Returns: data_t (H, Rcap), zero in padding, and
+        scale_t (H, Rcap/128), MN-major: per_channel; or
+        scale_t (H/128, Rcap/128), contiguous: per_block, of the transposed matrix.
+        A row with scale NaN makes what shares its scale NaN, scale and data.
 
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
     _check_fp8(data, scale)
     check_slot_of_row(slot_of_row, data.device)
     check_topk(topk)
-    return _permute_fp8_to_channel(data, scale, slot_of_row, topk, pow2)
+    return _permute_fp8_to_channel(data, scale, slot_of_row, topk, pow2, block)
 
 
 def permute_fp8_both(
     data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
 ) -> Four:
-    """permute_fp8 and permute_fp8_to_channel of the same input, which is read once.
+    """permute_fp8 and permute_fp8_to_channel(block=False) of the same input, which is read once.
 
     Args: as for `permute_fp8_to_channel`.
 

@@ -1,5 +1,9 @@
 """The three scale granularities: 1 x 128 (per_token), 128 x 128 (per_block), 128 x 1 (per_channel).
 
+per_channel is transposed, for the sum over tokens in wgrad. There the gradient has a scale for 128
+tokens of one channel; the activation can do with one for 128 tokens x 128 channels (block=True),
+because it varies less, and a GEMM whose second operand has 128 x 128 scales is faster.
+
 All of them share one arithmetic. With amax the largest |x| of a block, at least 2**-48,
 
     scale = amax / 448, or with pow2 the smallest power of two not below that,
@@ -130,7 +134,9 @@ def transpose_per_block(w: FP8Tensor) -> FP8Tensor:
     return FP8Tensor(*cast.transpose_per_block(data, scale))
 
 
-def per_channel(x: torch.Tensor, group_ends: torch.Tensor, *, pow2: bool = True) -> FP8Tensor:
+def per_channel(
+    x: torch.Tensor, group_ends: torch.Tensor, *, pow2: bool = True, block: bool = False
+) -> FP8Tensor:
     """data[n, start_g + i] = e4m3(x[row_g + i, n] / scale[n, (start_g + i) // 128]), transposed.
 
     For the operands of wgrad, whose sum runs over the rows. Group g holds rows
@@ -142,11 +148,13 @@ def per_channel(x: torch.Tensor, group_ends: torch.Tensor, *, pow2: bool = True)
         x: (R, N) bfloat16, float16 or float32.
         group_ends: (E,) int32 on x's device, cumulative; a group may be empty.
         pow2: round each scale up to a power of two.
+        block: one scale for 128 channels: scale[n // 128, (start_g + i) // 128] in the formula.
 
     Returns:
         data (N, C) float8_e4m3fn, contiguous, C = max(128, floor((R + 127 E) / 128) * 128);
-        scale (N, C/128) float32, MN-major: strides (1, ceil(N/4)*4). Columns past the last group's
-        padded end are undefined, and so are their scales: no kernel reads them.
+        scale (N, C/128) float32, MN-major: strides (1, ceil(N/4)*4), or with `block`
+        (ceil(N/128), C/128), contiguous: a per_block tensor. Columns past the last group's padded
+        end are undefined, and so are their scales: no kernel reads them.
 
     Raises:
         ValueError: dtypes, dimensions or devices do not match; ends that decrease or exceed R (on a
@@ -154,7 +162,7 @@ def per_channel(x: torch.Tensor, group_ends: torch.Tensor, *, pow2: bool = True)
 
     Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2 (128 x 1 blocks).
     """
-    return FP8Tensor(*cast.cast_per_channel(x.detach(), group_ends, pow2))
+    return FP8Tensor(*cast.cast_per_channel(x.detach(), group_ends, pow2, block))
 
 
 def _check_matrices(name: str, w: torch.Tensor) -> None:

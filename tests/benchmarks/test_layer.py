@@ -154,7 +154,7 @@ def test_an_unknown_operator_is_not_passed_over():
     x = torch.randn(4, 128).bfloat16()
     ends = torch.tensor([4], dtype=torch.int32)
     with pytest.raises(RuntimeError, match="KERNELS: expected .* cast_per_channel"):
-        traffic.calls_of(lambda: cast.cast_per_channel(x, ends, True), ends, 5)
+        traffic.calls_of(lambda: cast.cast_per_channel(x, ends, True, False), ends, 5)
 
 
 def test_profile_names_the_functions_of_the_backward_pass_too():

@@ -31,14 +31,16 @@ def test_high_precision_tokens_are_their_fp8_ones(device, topk, pow2, monkeypatc
 
     for a, b in zip(plain.rows(rows, slots, pow2), fp8.rows(rows, slots, pow2), strict=True):
         assert testing.same_bits(a[real], b[real])
-    columns = [t.columns(slots, topk, pow2) for t in (plain, fp8)]
+    columns = [t.columns(slots, topk, pow2, block=False) for t in (plain, fp8)]
+    blocks = [t.columns(slots, topk, pow2, block=True) for t in (plain, fp8)]
     both = [t.both(slots, topk, pow2) for t in (plain, fp8)]
-    for a, b in ((*columns,), (both[0][1], both[1][1]), (columns[0], both[0][1])):
+    assert blocks[0].scale.shape == (3, len(slots) // 128)
+    for a, b in ((*columns,), (*blocks,), (both[0][1], both[1][1]), (columns[0], both[0][1])):
         assert testing.same_bits(a.data[:, :used], b.data[:, :used])
         assert testing.same_bits(a.scale[:, : used // 128], b.scale[:, : used // 128])
     for a, b in zip(both[0][0], both[1][0], strict=True):
         assert testing.same_bits(a[real], b[real])
-    assert one_pass == ([topk] if topk <= tokens.ONE_PASS_TOPK else [])
+    assert one_pass == ([topk, topk] if topk <= tokens.ONE_PASS_TOPK else [])
 
 
 def test_saved_scales_get_their_strides_back(device):

@@ -78,17 +78,17 @@ def loop_per_block(w: torch.Tensor, pow2: bool) -> tuple[torch.Tensor, torch.Ten
 
 
 def loop_per_channel(
-    x: torch.Tensor, sizes: list[int], pow2: bool
+    x: torch.Tensor, sizes: list[int], pow2: bool, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Only the used columns."""
+    """Only the used columns; one scale for `width` channels."""
     blocks, scales, first = [], [], 0
     for size in sizes:
         for row in range(first, first + size, 128):
             block = torch.zeros((128, x.shape[1]), dtype=x.dtype)
             end = min(row + 128, first + size)
             block[: end - row] = x[row:end]
-            parts = [cast_block(block[:, c], pow2) for c in range(x.shape[1])]
-            blocks.append(torch.stack([p[0] for p in parts]))
+            parts = [cast_block(channels, pow2) for channels in block.split(width, dim=1)]
+            blocks.append(torch.cat([p[0] for p in parts], dim=1).t())
             scales.append(torch.tensor([p[1] for p in parts]))
         first += size
     return torch.cat(blocks, dim=1), torch.stack(scales, dim=1)
@@ -173,13 +173,19 @@ def test_per_block_is_the_loop(device: torch.device, dtype: torch.dtype, pow2: b
         assert same_all(both, (data, scale, data.mT, scale.mT))
 
 
+@pytest.mark.parametrize("block", [False, True], ids=["channels", "blocks"])
 @dtypes
 @pow2s
-def test_per_channel_is_the_loop(device: torch.device, dtype: torch.dtype, pow2: bool) -> None:
+def test_per_channel_is_the_loop(
+    device: torch.device, dtype: torch.dtype, pow2: bool, block: bool
+) -> None:
     sizes = [0, 3, 0, 130, 128, 0]
     x = torch.cat([values((200, 9), dtype), adversarial(dtype).t()[:64, :9]])
-    data, scale = cast.cast_per_channel(x.to(device), ends_of(sizes, device), pow2)
-    expected = loop_per_channel(x, sizes, pow2)
+    if block:
+        x = torch.cat([x, values((264, 121), dtype, seed=1)], dim=1)
+        x[3:133, :128] = 0
+    data, scale = cast.cast_per_channel(x.to(device), ends_of(sizes, device), pow2, block)
+    expected = loop_per_channel(x, sizes, pow2, 128 if block else 1)
     used = expected[0].shape[1]
     assert same_all((data[:, :used], scale[:, : used // 128]), expected)
 
@@ -202,8 +208,8 @@ def test_any_strides(device: torch.device) -> None:
     )
     w = x.reshape(3, 100, 257)
     assert same_all(cast.cast_per_block(w.mT, True), cast.cast_per_block(w.mT.clone(), True))
-    channel = cast.cast_per_channel(x.t(), ends, True)
-    expected = cast.cast_per_channel(x.t().clone(), ends, True)
+    channel = cast.cast_per_channel(x.t(), ends, True, False)
+    expected = cast.cast_per_channel(x.t().clone(), ends, True, False)
     assert same_all(
         (channel[0][:, :384], channel[1][:, :3]), (expected[0][:, :384], expected[1][:, :3])
     )
@@ -218,8 +224,9 @@ def test_empty(device: torch.device, shape: tuple[int, int]) -> None:
     data, scale, data_t, scale_t = cast.cast_per_block_both(x[None], True)
     assert data.shape == (1, *shape) and data_t.shape == (1, columns, rows)
     assert cast.transpose_per_block(data, scale)[0].shape == data_t.shape
-    data, _ = cast.cast_per_channel(x, ends_of([rows, 0], device), True)
-    assert data.shape == (columns, padded_capacity(rows, 2))
+    for block in (False, True):
+        data, _ = cast.cast_per_channel(x, ends_of([rows, 0], device), True, block)
+        assert data.shape == (columns, padded_capacity(rows, 2))
 
 
 def test_layouts(device: torch.device) -> None:
@@ -228,9 +235,12 @@ def test_layouts(device: torch.device) -> None:
     assert data.dtype == FP8_DTYPE and data.is_contiguous() and data.shape == x.shape
     assert scale.dtype == torch.float32 and scale.shape == (130, 3)
     assert scale.stride() == (1, scale_ld(130)) and scale_ld(130) == 132
-    data, scale = cast.cast_per_channel(x, ends_of([1, 129], device), True)
+    data, scale = cast.cast_per_channel(x, ends_of([1, 129], device), True, False)
     assert data.is_contiguous() and data.shape == (260, 384)
     assert scale.shape == (260, 3) and scale.stride() == (1, 260)
+    data, scale = cast.cast_per_channel(x, ends_of([1, 129], device), True, True)
+    assert data.is_contiguous() and data.shape == (260, 384)
+    assert scale.shape == (3, 3) and scale.is_contiguous()
     _, scale, _, scale_t = cast.cast_per_block_both(x[None], True)
     assert scale.is_contiguous() and scale_t.is_contiguous()
     assert scale.shape == (1, 2, 3) and scale_t.shape == (1, 3, 2)
@@ -240,7 +250,7 @@ def test_cpu_raises_bad_group_ends() -> None:
     x = torch.randn(200, 64)
     for ends in ([5, 3, 200], [5, 200, 201]):
         with pytest.raises(ValueError, match=r"group_ends\[\d\]"):
-            cast.cast_per_channel(x, torch.tensor(ends, dtype=torch.int32), True)
+            cast.cast_per_channel(x, torch.tensor(ends, dtype=torch.int32), True, False)
 
 
 # --------------------------------------------------------------------------------- negative control
@@ -275,7 +285,8 @@ def ops_with_arguments(device: torch.device | str) -> list[tuple[Callable, tuple
         (cast.cast_per_block, (w, False)),
         (cast.cast_per_block_both, (w, True)),
         (cast.transpose_per_block, (data, scale)),
-        (cast.cast_per_channel, (x, ends_of([3, 100, 0, 27], device), True)),
+        (cast.cast_per_channel, (x, ends_of([3, 100, 0, 27], device), True, False)),
+        (cast.cast_per_channel, (x, ends_of([3, 100, 0, 27], device), True, True)),
     ]
 
 
@@ -296,7 +307,7 @@ def test_fake_outputs_match_real_ones(device: torch.device) -> None:
 
 def test_compiles_as_one_graph() -> None:
     def casts(x: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return *cast.cast_per_token(x, True), *cast.cast_per_channel(x, ends, True)
+        return *cast.cast_per_token(x, True), *cast.cast_per_channel(x, ends, True, False)
 
     compiled = torch.compile(casts, backend="aot_eager", fullgraph=True, dynamic=True)
     for rows in (130, 200):
@@ -346,16 +357,16 @@ def test_compiles_as_one_graph() -> None:
             "scale: expected torch.float32, got torch.float64",
         ),
         (
-            lambda: cast.cast_per_channel(torch.zeros(4, 3), torch.tensor([4]), True),
+            lambda: cast.cast_per_channel(torch.zeros(4, 3), torch.tensor([4]), True, False),
             "group_ends: expected torch.int32, got torch.int64",
         ),
         (
-            lambda: cast.cast_per_channel(torch.zeros(4, 3), torch.zeros(1, 1).int(), True),
+            lambda: cast.cast_per_channel(torch.zeros(4, 3), torch.zeros(1, 1).int(), True, False),
             r"group_ends: expected 1 dimensions \(E\), got \(1, 1\)",
         ),
         (
             lambda: cast.cast_per_channel(
-                torch.zeros(4, 3), torch.zeros(1, dtype=torch.int32, device="meta"), True
+                torch.zeros(4, 3), torch.zeros(1, dtype=torch.int32, device="meta"), True, False
             ),
             "group_ends: expected device cpu like x, got meta",
         ),
@@ -368,6 +379,6 @@ def test_bad_arguments(call: Callable[[], object], message: str) -> None:
 
 def test_kernel_specs_are_distinct_and_exist() -> None:
     specs = cast.kernel_specs()
-    assert len(set(specs)) == len(specs) == 4 * 3 * 2 * 2 + 2
+    assert len(set(specs)) == len(specs) == (3 + 2) * 3 * 2 * 2 + 2
     for spec in specs:
         assert f"\n{spec.entry}(" in jit.render(spec) or f" {spec.entry}(" in jit.render(spec)

@@ -82,10 +82,11 @@ GROUPS = [
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("block", [False, True], ids=["channels", "blocks"])
 @pytest.mark.parametrize("slack", [0, 131])
 @dtypes
 @pow2s
-def test_cuda_channels(dtype: torch.dtype, pow2: bool, slack: int) -> None:
+def test_cuda_channels(dtype: torch.dtype, pow2: bool, slack: int, block: bool) -> None:
     for sizes in GROUPS:
         used = sum(ceil_div(s, 128) * 128 for s in sizes)
         for n in (1, 7, 16, 128, 136, 257):
@@ -93,8 +94,8 @@ def test_cuda_channels(dtype: torch.dtype, pow2: bool, slack: int) -> None:
             if slack:
                 x[sum(sizes) :] = math.nan  # rows in no group
             ends = ends_of(sizes)
-            data, scale = cast.cast_per_channel(x.cuda(), ends.cuda(), pow2)
-            expected = reference.cast_per_channel(x, ends, pow2)
+            data, scale = cast.cast_per_channel(x.cuda(), ends.cuda(), pow2, block)
+            expected = reference.cast_per_channel(x, ends, pow2, block)
             actual = (data[:, :used], scale[:, : used // 128])
             wanted = (expected[0][:, :used], expected[1][:, : used // 128])
             assert same_all(actual, wanted), (sizes, n)
@@ -103,7 +104,8 @@ def test_cuda_channels(dtype: torch.dtype, pow2: bool, slack: int) -> None:
 
 
 @pow2s
-def test_cuda_misaligned_start(pow2: bool) -> None:
+@pytest.mark.parametrize("block", [False, True], ids=["channels", "blocks"])
+def test_cuda_misaligned_start(pow2: bool, block: bool) -> None:
     flat = values((1, 128 * 256 + 1), torch.bfloat16)[0]
     x = flat[1:].view(128, 256)
     on_gpu = flat.cuda()[1:].view(128, 256)
@@ -112,8 +114,8 @@ def test_cuda_misaligned_start(pow2: bool) -> None:
     both = cast.cast_per_block_both(on_gpu[None], pow2)
     assert same_all(both, reference.cast_per_block_both(x[None], pow2))
     ends = ends_of([128])
-    channel = cast.cast_per_channel(on_gpu, ends.cuda(), pow2)
-    expected = reference.cast_per_channel(x, ends, pow2)
+    channel = cast.cast_per_channel(on_gpu, ends.cuda(), pow2, block)
+    expected = reference.cast_per_channel(x, ends, pow2, block)
     assert same_all(
         (channel[0][:, :128], channel[1][:, :1]), (expected[0][:, :128], expected[1][:, :1])
     )
@@ -122,12 +124,13 @@ def test_cuda_misaligned_start(pow2: bool) -> None:
 def test_cuda_same_from_run_to_run() -> None:
     x = values((1000, 1040), torch.bfloat16).cuda()
     ends = ends_of([300, 0, 700], "cuda")
-    first = [cast.cast_per_channel(x, ends, True) for _ in range(2)]
     used = 384 + 768
-    assert same_all(
-        (first[0][0][:, :used], first[0][1][:, : used // 128]),
-        (first[1][0][:, :used], first[1][1][:, : used // 128]),
-    )
+    for block in (False, True):
+        first = [cast.cast_per_channel(x, ends, True, block) for _ in range(2)]
+        assert same_all(
+            (first[0][0][:, :used], first[0][1][:, : used // 128]),
+            (first[1][0][:, :used], first[1][1][:, : used // 128]),
+        )
 
 
 @pytest.mark.slow
@@ -141,9 +144,9 @@ def test_cuda_more_than_2_31_elements() -> None:
     assert same_all((data[-128:], scale[-128:]), tail)
     del data, scale
     ends = torch.tensor([rows - 128, rows], dtype=torch.int32, device="cuda")
-    data, scale = cast.cast_per_channel(x, ends, True)
+    data, scale = cast.cast_per_channel(x, ends, True, False)
     alone = cast.cast_per_channel(
-        x[-128:, -128:].clone(), torch.tensor([128], dtype=torch.int32, device="cuda"), True
+        x[-128:, -128:].clone(), torch.tensor([128], dtype=torch.int32, device="cuda"), True, False
     )
     used = slice(rows - 128, rows)
     assert same_all(
@@ -181,12 +184,12 @@ def no_pending_error() -> Iterator[None]:
 def test_cuda_reports_bad_group_ends(ends: list[int], message: str) -> None:
     x = torch.randn(200, 64, device="cuda")
     bad = torch.tensor(ends, dtype=torch.int32, device="cuda")
-    cast.cast_per_channel(x, bad, True)
+    cast.cast_per_channel(x, bad, True, False)
     with pytest.raises(ValueError, match=message):
         status.check_errors()
     status.check_errors()  # reported once
     many = torch.full((300,), 200, dtype=torch.int32, device="cuda")
     many[::2] = 0  # would need far more columns than there are
-    cast.cast_per_channel(x, many, True)
+    cast.cast_per_channel(x, many, True, False)
     with pytest.raises(ValueError, match="non-decreasing"):
         status.check_errors()

@@ -43,22 +43,29 @@ class Case:
             x[:, ::5] = 0
         self.x = x.to(dtype)
 
-    def run(self, device: torch.device, pow2: bool) -> tuple[Tensors, Tensors, Tensors]:
-        """Rows alone, columns alone, both."""
+    def run(self, device: torch.device, pow2: bool) -> tuple[Tensors, Tensors, Tensors, Tensors]:
+        """Rows alone, columns alone, both, columns with block scales."""
         x, rows, slots = (t.to(device) for t in (self.x, self.row_of_slot, self.slot_of_row))
         return (
             cast_permute.cast_permute(x, rows, slots, pow2),
-            cast_permute.cast_permute_to_channel(x, slots, self.topk, pow2),
+            cast_permute.cast_permute_to_channel(x, slots, self.topk, pow2, False),
             cast_permute.cast_permute_both(x, slots, self.topk, pow2),
+            cast_permute.cast_permute_to_channel(x, slots, self.topk, pow2, True),
         )
 
     def two_steps(self, pow2: bool) -> Tensors:
+        """Rows and columns, then columns with block scales."""
         x8 = reference.cast_per_token(self.x, pow2)
-        return reference.permute_fp8_both(*x8, self.slot_of_row, self.topk, pow2)
+        return (
+            *reference.permute_fp8_both(*x8, self.slot_of_row, self.topk, pow2),
+            *reference.permute_fp8_to_channel(*x8, self.slot_of_row, self.topk, pow2, True),
+        )
 
 
-def assert_equal(case: Case, got: tuple[Tensors, Tensors, Tensors], wanted: Tensors) -> None:
-    (rows, channels, both), used, real = got, case.used, case.real
+def assert_equal(
+    case: Case, got: tuple[Tensors, Tensors, Tensors, Tensors], wanted: Tensors
+) -> None:
+    (rows, channels, both, blocks), used, real = got, case.used, case.real
     for name, a, b in zip(("data", "scale"), rows, wanted[:2], strict=True):
         assert testing.same_bits(a.cpu()[:used][real], b[:used][real]), f"rows: {name}"
     for name, a, b in zip(("data", "scale"), both[:2], wanted[:2], strict=True):
@@ -66,6 +73,8 @@ def assert_equal(case: Case, got: tuple[Tensors, Tensors, Tensors], wanted: Tens
     for out in (channels, both[2:]):
         assert testing.same_bits(out[0][:, :used], wanted[2][:, :used]), "data_t"
         assert testing.same_bits(out[1][:, : used // 128], wanted[3][:, : used // 128]), "scale_t"
+    assert testing.same_bits(blocks[0][:, :used], wanted[4][:, :used]), "blocks: data_t"
+    assert testing.same_bits(blocks[1][:, : used // 128], wanted[5][:, : used // 128]), "blocks"
 
 
 @pytest.mark.parametrize("pow2", [True, False], ids=["pow2", "amax"])
@@ -89,10 +98,10 @@ def test_many_tokens() -> None:
     assert_equal(case, case.run(torch.device("cuda"), True), case.two_steps(True))
 
 
-@pytest.mark.parametrize("planted", ["byte", "scale", "row", "transposed byte"])
+@pytest.mark.parametrize("planted", ["byte", "scale", "row", "transposed byte", "block scale"])
 def test_a_planted_error_is_noticed(planted: str) -> None:
     case = Case((70, 2, 3, 256), "gaussian")
-    rows, channels, both = case.run(torch.device("cpu"), True)
+    rows, channels, both, blocks = case.run(torch.device("cpu"), True)
     row = int(case.real.nonzero()[5])
     if planted == "byte":
         rows[0].view(torch.uint8)[row, 200] ^= 1
@@ -100,10 +109,12 @@ def test_a_planted_error_is_noticed(planted: str) -> None:
         both[1][row, 1] *= 2
     elif planted == "row":
         rows[0].view(torch.uint8)[row] = rows[0].view(torch.uint8)[row + 1]
+    elif planted == "block scale":
+        blocks[1][1, 0] *= 2
     else:
         channels[0].view(torch.uint8)[130, row] ^= 1
-    with pytest.raises(AssertionError, match="data|scale"):
-        assert_equal(case, (rows, channels, both), case.two_steps(True))
+    with pytest.raises(AssertionError, match="data|scale|blocks"):
+        assert_equal(case, (rows, channels, both, blocks), case.two_steps(True))
 
 
 def test_fake_outputs_match_real_ones() -> None:
@@ -111,7 +122,8 @@ def test_fake_outputs_match_real_ones() -> None:
     x, rows, slots = case.x, case.row_of_slot, case.slot_of_row
     calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
         (cast_permute.cast_permute, (x, rows, slots, True)),
-        (cast_permute.cast_permute_to_channel, (x, slots, 2, True)),
+        (cast_permute.cast_permute_to_channel, (x, slots, 2, True, False)),
+        (cast_permute.cast_permute_to_channel, (x, slots, 2, True, True)),
         (cast_permute.cast_permute_both, (x, slots, 2, True)),
         (permute.permute_fp8, (*reference.cast_per_token(x, True), rows, slots)),
     ]
@@ -143,12 +155,12 @@ BAD_CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
     ),
     "rows": (
         cast_permute.cast_permute_to_channel,
-        (X, SLOTS[:100], 2, True),
+        (X, SLOTS[:100], 2, True, False),
         "slot_of_row: expected a multiple of 128 rows",
     ),
     "topk": (
         cast_permute.cast_permute_to_channel,
-        (X, SLOTS, 0, True),
+        (X, SLOTS, 0, True, True),
         "topk: expected at least 1, got 0",
     ),
 }

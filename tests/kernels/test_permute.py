@@ -121,11 +121,15 @@ def test_fp8_movements(
     expected_rows = rows_used(reference.permute_fp8(data, scale, row_of_slot, slot_of_row), used)
     assert_same(rows_used(permute.permute_fp8(*x8, *maps), used), expected_rows)
     for pow2 in (True, False):
-        expected = reference.permute_fp8_to_channel(data, scale, slot_of_row, topk, pow2)
+        expected = reference.permute_fp8_to_channel(data, scale, slot_of_row, topk, pow2, False)
         expected = columns_used(expected, used)
-        got = permute.permute_fp8_to_channel(*args, pow2)
+        got = permute.permute_fp8_to_channel(*args, pow2, False)
         assert got[1].stride() == empty_scale(*got[1].shape).stride()
         assert_same(columns_used(got, used), expected)
+        blocks = permute.permute_fp8_to_channel(*args, pow2, True)
+        assert blocks[1].is_contiguous() and blocks[1].shape[0] == hidden // 128
+        wanted = reference.permute_fp8_to_channel(data, scale, slot_of_row, topk, pow2, True)
+        assert_same(columns_used(blocks, used), columns_used(wanted, used))
         both = permute.permute_fp8_both(*args, pow2)
         assert_same(rows_used(both[:2], used), expected_rows)
         assert_same(columns_used(both[2:], used), expected)
@@ -150,11 +154,29 @@ def test_any_row_scales_convert_exactly(device: torch.device, data: Any) -> None
     data8[shift < random(0, limit, 128)] = 0  # [row, column]: loud rows leave some columns alone
     data8 = data8.to(torch.uint8).view(FP8_DTYPE)
     _, slot_of_row, _, _ = reference.route(torch.zeros((128, 1), dtype=torch.int64), 1)
-    got = permute.permute_fp8_to_channel(
-        data8.to(device), to_device(scale, device), slot_of_row.to(device), 1, True
-    )
-    expected = reference.permute_fp8_to_channel(data8, scale, slot_of_row, 1, True)
-    assert_same(got, expected)
+    args = (data8.to(device), to_device(scale, device), slot_of_row.to(device), 1)
+    for block in (False, True):
+        got = permute.permute_fp8_to_channel(*args, True, block)
+        expected = reference.permute_fp8_to_channel(data8, scale, slot_of_row, 1, True, block)
+        assert_same(got, expected)
+
+
+@pytest.mark.parametrize("pow2", [True, False], ids=["pow2", "amax"])
+@pytest.mark.parametrize("base", [-120, -60, -56, -20, 0, 117, 118, 119, 120, 121])
+def test_blocks_of_any_row_scales(device: torch.device, base: int, pow2: bool) -> None:
+    """Every byte, 2**0 to 2**-63 below 2**base: where factors leave f16 and products FP32."""
+    for factor in (1.0, 1.0 + 2.0**-23, 1.9):
+        scale = torch.exp2((base - torch.arange(128) // 2).double()).float()[:, None] * factor
+        scale[7:9] = 0.0
+        order = torch.stack([torch.randperm(256)[:128] for _ in range(128)])
+        data = order.to(torch.uint8).view(FP8_DTYPE)
+        slot_of_row = torch.randperm(128).int()
+        slot_of_row[torch.rand(128) < 0.1] = -1
+        expected = reference.permute_fp8_to_channel(data, scale, slot_of_row, 1, pow2, True)
+        got = permute.permute_fp8_to_channel(
+            data.to(device), to_device(scale, device), slot_of_row.to(device), 1, pow2, True
+        )
+        assert_same(got, expected)
 
 
 def test_a_bad_row_stays_in_its_blocks(device: torch.device) -> None:
@@ -247,7 +269,8 @@ def test_fake_outputs_match_real_ones() -> None:
         (permute.route, (ids, 3)),
         (permute.permute_rows, (torch.randn(50, 16).bfloat16(), row_of_slot, slot_of_row)),
         (permute.permute_fp8, (data, scale, row_of_slot, slot_of_row)),
-        (permute.permute_fp8_to_channel, (data, scale, slot_of_row, 2, True)),
+        (permute.permute_fp8_to_channel, (data, scale, slot_of_row, 2, True, False)),
+        (permute.permute_fp8_to_channel, (data, scale, slot_of_row, 2, True, True)),
         (permute.permute_fp8_both, (data, scale, slot_of_row, 2, True)),
         (permute.gather_sum, (rows, row_of_slot)),
         (permute.gather_slots, (torch.randn(2, len(slot_of_row)), row_of_slot)),
@@ -305,7 +328,7 @@ BAD_CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
     ),
     "scale dtype": (
         permute.permute_fp8_to_channel,
-        (DATA, SCALE.double(), SLOTS, 2, True),
+        (DATA, SCALE.double(), SLOTS, 2, True, True),
         "scale: expected torch.float32, got torch.float64",
     ),
 }

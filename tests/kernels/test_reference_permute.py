@@ -126,7 +126,7 @@ def test_fp8_permutations(kind: str, hidden: int, pow2: bool) -> None:
         scale[:used], x8.scale[token].masked_fill(slot[:, None] < 0, FLOOR_SCALE_POW2)
     )
 
-    data_t, scale_t = reference.permute_fp8_to_channel(*x8, slot_of_row, topk, pow2)
+    data_t, scale_t = reference.permute_fp8_to_channel(*x8, slot_of_row, topk, pow2, False)
     values = quant.dequantize(x8)[token].masked_fill(slot[:, None] < 0, 0)
     expected = quant.per_channel(values, group_ends, pow2=pow2)
     assert torch.equal(
@@ -142,12 +142,52 @@ def test_fp8_permutations(kind: str, hidden: int, pow2: bool) -> None:
     assert torch.equal(both[3][:, : used // 128], scale_t[:, : used // 128])
 
 
+@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.parametrize("pow2_in", [False, True])
+def test_columns_with_block_scales(pow2_in: bool, pow2: bool) -> None:
+    """The scale is the one of the block's maximum; values of the largest rows keep their bytes."""
+    tokens, topk, experts = 150, 3, 5
+    ids, _ = testing.random_topk(tokens, topk, experts, seed=0, dropped=0.1)
+    _, slot_of_row, group_ends, _ = reference.route(ids, experts)
+    used = int(group_ends[-1])
+    slot = slot_of_row[:used]
+    token = (slot // topk).clamp_min(0).long()
+    x = torch.randn(tokens, 384) * torch.exp2(torch.randint(-9, 1, (tokens, 1)))
+    x[:, 128:256] = 0
+    x8 = quant.per_token(x, pow2=pow2_in)
+
+    t = quant.FP8Tensor(*reference.permute_fp8_to_channel(*x8, slot_of_row, topk, pow2, True))
+    assert t.data.shape == (384, len(slot_of_row)) and t.scale.is_contiguous()
+    t = quant.FP8Tensor(t.data[:, :used], t.scale[:, : used // 128])
+    rows = x[token].masked_fill(slot[:, None] < 0, 0)
+    direct = quant.per_block(rows.t().contiguous(), pow2=pow2)
+    if pow2_in <= pow2:  # a scale already rounded up stays so
+        assert torch.equal(t.scale, direct.scale)
+    else:
+        assert (t.scale >= direct.scale).all() and (t.scale <= 2 * direct.scale).all()
+    # Rounded twice, the second time relative to the block.
+    exact = quant.dequantize(x8)[token].masked_fill(slot[:, None] < 0, 0).t()
+    error = (quant.dequantize(t) - exact).abs()
+    step = t.scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    assert (error <= torch.maximum(exact.abs() * 2.0**-4, step * 2.0**-10)).all()
+    wrong = quant.dequantize(quant.FP8Tensor(t.data, 1.1 * t.scale))
+    assert ((wrong - exact).abs() > torch.maximum(exact.abs() * 2.0**-4, step * 2.0**-10)).any()
+    if pow2_in and pow2:
+        loud = (x8.scale[token, 0] == t.scale[0].repeat_interleave(128)) & (slot >= 0)
+        assert loud.any()
+        assert testing.same_bits(t.data[:128, loud], x8.data[token[loud], :128].t())
+
+
 def test_column_conversion_shows_a_nan_row_in_its_blocks_only() -> None:
     x = torch.randn(200, 128)
     x[7, 3] = float("nan")
     ids = (torch.arange(200) // 100).view(200, 1)
     _, slot_of_row, _, _ = reference.route(ids, 2)
-    data, scale = reference.permute_fp8_to_channel(*quant.per_token(x), slot_of_row, 1, True)
+    args = (*quant.per_token(x), slot_of_row, 1, True)
+    data, scale = reference.permute_fp8_to_channel(*args, True)
+    nan = quant.dequantize(quant.FP8Tensor(data[:, :256], scale[:, :2])).isnan()
+    assert nan[:, :128].all() and not nan[:, 128:].any()
+    data, scale = reference.permute_fp8_to_channel(*args, False)
     nan = quant.dequantize(quant.FP8Tensor(data[:, :256], scale[:, :2])).isnan()
     assert nan[:, :128].all() and not nan[:, 128:].any()
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fp8moe import quant
 from fp8moe.kernels.fp8tensor import FLOOR_SCALE_POW2, padded_capacity
-from fp8moe.testing import GROUP_KINDS, ragged_group_ends
+from fp8moe.testing import GROUP_KINDS, ragged_group_ends, same_bits
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1, 1), (3, 16), (5, 127), (4, 128), (129, 130), (70, 513)]
@@ -120,6 +120,18 @@ def test_per_channel_bits(
 
 
 @pytest.mark.parametrize("pow2", [False, True])
+def test_per_channel_blocks_are_per_block_of_the_transposed(device: Any, pow2: bool) -> None:
+    x = make("wide", (512, 300), torch.bfloat16).to(device)
+    ends = torch.tensor([128, 512], dtype=torch.int32, device=device)
+    t = quant.per_channel(x, ends, pow2=pow2, block=True)
+    expected = quant.per_block(x.t().contiguous(), pow2=pow2)
+    assert same_bits(t.data[:, :512], expected.data) and t.scale.is_contiguous()
+    assert same_bits(t.scale[:, :4], expected.scale)
+    # Negative control: one scale for each channel is another cast.
+    assert not same_bits(quant.per_channel(x, ends, pow2=pow2).data[:, :512], expected.data)
+
+
+@pytest.mark.parametrize("pow2", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
 def test_non_finite_values_mark_their_block_only(
     device: Any, oracle: Any, bad: float, pow2: bool
@@ -138,6 +150,9 @@ def test_non_finite_values_mark_their_block_only(
     nan = quant.dequantize(t).isnan()[:, :384]
     # Row 130 is row 30 of the second group, whose first column is 128.
     assert nan[5, 128:256].all() and nan.sum() == 128
+    t = quant.per_channel(x.to(device), ends, pow2=pow2, block=True)
+    nan = quant.dequantize(t).isnan()[:, :384]
+    assert nan[:128, 128:256].all() and nan.sum() == 128 * 128
 
 
 @pytest.mark.parametrize("pow2", [False, True])

@@ -67,6 +67,10 @@ def test_subnormals_do_not_depend_on_the_flush_mode() -> None:
 @pytest.mark.parametrize("pow2", [False, True])
 def test_quality_on_gaussian_data(device: Any, pow2: bool) -> None:
     x = torch.randn(512, 1024, device=device)
+    ends = torch.tensor([256, 512], dtype=torch.int32, device=device)
+    columns = quant.per_channel(x, ends, pow2=pow2, block=True)
+    columns = quant.FP8Tensor(columns.data[:, :512], columns.scale[:, :4])
+    assert sqnr_db(quant.dequantize(columns).t(), x) > 31
     for t in (quant.per_token(x, pow2=pow2), quant.per_block(x, pow2=pow2)):
         out = quant.dequantize(t)
         assert sqnr_db(out, x) > 31

@@ -1,11 +1,11 @@
 // Gathered bf16 rows, cast to E4M3 with one scale per row and 128 columns, then to per_channel (see
-// channel.cuh); also the rows themselves. Bit for bit the cast per token followed by the conversion of
-// its gathered rows, without the tensor in between.
+// channel.cuh) or to 128 x 128 scales (see channel_block.cuh); also the rows themselves. Bit for bit
+// the cast per token followed by the conversion of its gathered rows, without the tensor in between.
 //
-// Built for POW2 = 0 | 1 and WITH_ROWS = 0 | 1. A CTA takes 128 rows x 128 columns. The grid walks all
+// Built for POW2 = 0 | 1, BLOCK = 0 | 1 and, without BLOCK, WITH_ROWS = 0 | 1. A CTA takes 128 rows x 128 columns. The grid walks all
 // rows of one column strip before the next, so that L2 serves the K rows of a token.
 #include "bf16.cuh"
-#include "channel.cuh"
+#include "channel_block.cuh"
 
 static constexpr bool kWithRows = WITH_ROWS;
 
@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4)
                             int rows_scale_ld, u8* __restrict__ data_t,
                             float* __restrict__ scale_t, int scale_t_ld) {
   alignas(128) __shared__ u8 tile[kTileRows * kTilePitch];   // bf16, then E4M3 in half of each row
-  alignas(16) __shared__ Scales scales;
+  alignas(16) __shared__ TileScales scales;
   int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   int row0 = blockIdx.x * kTileRows;
   int column0 = blockIdx.y * 128;
@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4)
     rows_scale[(i64)blockIdx.y * rows_scale_ld + row0 + threadIdx.x - 128] =
         scale == 0.0f ? kPadScale : scale;
   }
-  if (kPow2) {
+  if (kPow2 || kBlockScales) {
     if (warp == 0) {
       float4 four = reinterpret_cast<const float4*>(scales.row)[lane];
       float value[4] = {four.x, four.y, four.z, four.w};
@@ -95,6 +95,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4)
 
   i64 column = column0 + warp * 16 + 4 * (lane & 3);
   Output out = {data_t + column * capacity + row0 + kRun * (lane >> 2), capacity,
-                scale_t + (i64)blockIdx.x * scale_t_ld + column};
+                scale_of_column(scale_t, scale_t_ld, column)};
   cast_chunk(tile, warp, scales, out);
 }

@@ -105,6 +105,15 @@ __device__ __forceinline__ void prepare_factors(Scales& s, const float (&row_sca
 struct Share {
   u32 word[kRun];
 };
+__device__ __forceinline__ Share load_share(const u8* tile, int chunk) {
+  int lane = threadIdx.x & 31;
+  const u8* from = tile + run_offset(kRun * (lane >> 2), chunk) + 4 * (lane & 3);
+  Share share;
+#pragma unroll
+  for (int i = 0; i < kRun; ++i)
+    share.word[i] = *reinterpret_cast<const u32*>(from + i * kTilePitch);
+  return share;
+}
 
 struct Output {
   u8* data;       // the first of the four columns, at the lane's rows
@@ -224,12 +233,7 @@ __device__ __forceinline__ bool quiet_rows_are_zero(const Share& in, const Scale
 // One warp: 16 columns, chunk `chunk` of the tile's rows; `out` points to the lane's first column.
 __device__ __forceinline__ void cast_chunk(const u8* tile, int chunk, const Scales& s,
                                            const Output& out) {
-  int lane = threadIdx.x & 31;
-  Share share;
-  const u8* from = tile + run_offset(kRun * (lane >> 2), chunk) + 4 * (lane & 3);
-#pragma unroll
-  for (int i = 0; i < kRun; ++i)
-    share.word[i] = *reinterpret_cast<const u32*>(from + i * kTilePitch);
+  Share share = load_share(tile, chunk);
   bool fits = kPow2 && s.unit != 0.0f && (!s.quiet || quiet_rows_are_zero(share, s));
   if (!fits || !cast_f16(share, s, out)) cast_f32(share, s.row, out);
 }

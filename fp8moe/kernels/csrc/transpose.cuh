@@ -1,16 +1,16 @@
-// Gathered per_token E4M3 rows to per_channel (see channel.cuh); also the gathered rows themselves,
-// from the same read.
+// Gathered per_token E4M3 rows to per_channel (see channel.cuh) or to 128 x 128 scales (see
+// channel_block.cuh); also the gathered rows themselves, from the same read.
 //
-// Built for POW2 = 0 | 1 (the new scales) and WITH_ROWS = 0 | 1. A CTA takes 128 rows x 256 columns.
-// The grid walks all rows of one column strip before the next: the strip of every token then stays in
+// Built for POW2 = 0 | 1 (the new scales), BLOCK = 0 | 1 and, without BLOCK, WITH_ROWS = 0 | 1. A CTA
+// takes 128 rows x 256 columns. The grid walks all rows of one column strip before the next: the strip of every token then stays in
 // L2 while the K rows of a token read it, so DRAM delivers each token once.
-#include "channel.cuh"
+#include "channel_block.cuh"
 
 static constexpr bool kWithRows = WITH_ROWS;
 static constexpr int kColumns = 256;
 
 // One warp: reads the scales of the tile's rows, for `block` of 128 columns.
-__device__ __forceinline__ void gather_scales(Scales& s, const int* slots, const float* scale,
+__device__ __forceinline__ void gather_scales(TileScales& s, const int* slots, const float* scale,
                                               u32 multiplier, int shift, float* rows_out) {
   int lane = threadIdx.x & 31;
   int4 four = __ldg(reinterpret_cast<const int4*>(slots) + lane);
@@ -27,12 +27,13 @@ __device__ __forceinline__ void gather_scales(Scales& s, const int* slots, const
     for (int i = 0; i < 4; ++i) out[i] = element_of(four, i) < 0 ? kPadScale : value[i];
     reinterpret_cast<float4*>(rows_out)[lane] = make_float4(out[0], out[1], out[2], out[3]);
   }
-  if (kPow2) prepare_factors(s, value);
+  if (kPow2 || kBlockScales) prepare_factors(s, value);
 }
 
 // data [T, columns] with scale[(column / 128) * scale_ld + token] is gathered by
 // token = slot_of_row[r] / topk. Outputs: rows_out [capacity, columns] with rows_scale (WITH_ROWS);
-// data_t [columns, capacity] with scale_t[(r / 128) * scale_t_ld + column].
+// data_t [columns, capacity] with scale_t[(r / 128) * scale_t_ld + column], or with BLOCK
+// scale_t[(column / 128) * scale_t_ld + r / 128].
 extern "C" __global__ void __launch_bounds__(kThreads, 4)
     permute_to_channel(const u8* __restrict__ data, const float* __restrict__ scale, int scale_ld,
                        const int* __restrict__ slot_of_row, u32 multiplier, int shift, int columns,
@@ -40,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4)
                        int rows_scale_ld, u8* __restrict__ data_t, float* __restrict__ scale_t,
                        int scale_t_ld) {
   alignas(128) __shared__ u8 tile[kTileRows * kTilePitch];
-  alignas(16) __shared__ Scales scales[kColumns / 128];
+  alignas(16) __shared__ TileScales scales[kColumns / 128];
   int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   int row0 = blockIdx.x * kTileRows;
   int column0 = blockIdx.y * kColumns;
@@ -83,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4)
   for (int c = warp; c * 16 < width; c += kWarps) {
     i64 column = column0 + c * 16 + 4 * (lane & 3);
     Output out = {data_t + column * capacity + row0 + kRun * (lane >> 2), capacity,
-                  scale_t + (i64)blockIdx.x * scale_t_ld + column};
+                  scale_of_column(scale_t, scale_t_ld, column)};
     cast_chunk(tile, c, scales[c >> 3], out);
   }
 }

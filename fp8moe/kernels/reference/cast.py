@@ -45,6 +45,23 @@ def scales_of(amax: torch.Tensor, pow2: bool) -> tuple[torch.Tensor, torch.Tenso
     return scale.masked_fill_(bad, float("nan")), inv.masked_fill_(bad, 0.0)
 
 
+def scales_of_rows(largest: torch.Tensor, pow2: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and multiplier of FP8 blocks whose largest row scale is `largest`.
+
+    Those of a block with the maximum 448 * largest, capped where that would overflow. FP32 scales,
+    which rounding may have moved by one unit in the last place, are kept as they are.
+    """
+    amax = torch.where(
+        torch.isfinite(largest),
+        (largest * FP8_MAX).clamp_max(torch.finfo(torch.float32).max),
+        largest,
+    )
+    scale, inv = scales_of(amax, pow2)
+    if not pow2:
+        scale = torch.where(torch.isfinite(amax) & (amax >= AMAX_FLOOR), largest, scale)
+    return scale, inv
+
+
 def quantize_blocks(
     x: torch.Tensor, dims: tuple[int, ...], pow2: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,10 +109,13 @@ def empty_per_token(
 
 
 def empty_per_channel(
-    n: int, capacity: int, device: torch.device | None
+    n: int, capacity: int, device: torch.device | None, block: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uninitialised data (n, capacity) and per_channel scale."""
+    """Uninitialised data (n, capacity) and its scale: per_channel, or of 128 x 128 blocks."""
     data_t = torch.empty((n, capacity), dtype=FP8_DTYPE, device=device)
+    if block:
+        shape = (ceil_div(n, BLOCK), capacity // BLOCK)
+        return data_t, torch.empty(shape, dtype=torch.float32, device=device)
     return data_t, empty_scale(n, capacity // BLOCK, device)
 
 
@@ -112,13 +132,21 @@ def write_per_token(
 
 
 def write_per_channel(
-    rows: torch.Tensor, pow2: bool, out: tuple[torch.Tensor, torch.Tensor], at: slice
+    rows: torch.Tensor,
+    pow2: bool,
+    out: tuple[torch.Tensor, torch.Tensor],
+    at: slice,
+    block: bool = False,
 ) -> None:
-    """Casts `rows`, whole blocks of 128, per channel into the columns `at` of `out`."""
+    """Casts `rows`, whole blocks of 128, into the columns `at` of `out` of `empty_per_channel`."""
     r, n = rows.shape
     data_t, scale_t = out
-    q, s = quantize_blocks(rows.view(r // BLOCK, BLOCK, n), (1,), pow2)
-    as_bytes(data_t)[:, at] = as_bytes(q).view(r, n).t()
+    if block:
+        tiles = pad_to_blocks(rows, 1).view(r // BLOCK, BLOCK, ceil_div(n, BLOCK), BLOCK)
+        q, s = quantize_blocks(tiles, (1, 3), pow2)
+    else:
+        q, s = quantize_blocks(rows.view(r // BLOCK, BLOCK, n), (1,), pow2)
+    as_bytes(data_t)[:, at] = as_bytes(q).view(r, -1)[:, :n].t()
     scale_t[:, at.start // BLOCK : at.stop // BLOCK] = s.t()
 
 
@@ -160,27 +188,30 @@ def cast_per_block_both(
 
 
 def cast_rows_per_channel(
-    rows: torch.Tensor, capacity: int, pow2: bool
+    rows: torch.Tensor, capacity: int, pow2: bool, block: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """data[n, r] = e4m3(rows[r, n] / scale[n, r // 128]), rows already padded to 128.
 
-    Columns from rows.shape[0] to `capacity` stay undefined.
+    With `block`, scale[n // 128, r // 128]. Columns from rows.shape[0] to `capacity` are undefined.
     """
     r, n = rows.shape
-    out = empty_per_channel(n, capacity, rows.device)
+    out = empty_per_channel(n, capacity, rows.device, block)
     for at in row_chunks(r, n):
-        write_per_channel(rows[at], pow2, out, at)
+        write_per_channel(rows[at], pow2, out, at, block)
     return out
 
 
 def cast_per_channel(
-    x: torch.Tensor, group_ends: torch.Tensor, pow2: bool
+    x: torch.Tensor, group_ends: torch.Tensor, pow2: bool, block: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """data[n, c] = e4m3(x[r, n] / scale[n, c // 128]), each group starting at a multiple of 128."""
+    """data[n, c] = e4m3(x[r, n] / scale[n, c // 128]), each group starting at a multiple of 128.
+
+    With `block`, scale[n // 128, c // 128].
+    """
     spans = groups.bounds(group_ends, x.shape[0])
     padded = groups.padded_bounds(spans)
     used = padded[-1][1] if padded else 0
     rows = x.new_zeros((used, x.shape[1]))
     for (lo, hi), (start, _) in zip(spans, padded, strict=True):
         rows[start : start + hi - lo] = x[lo:hi]
-    return cast_rows_per_channel(rows, padded_capacity(x.shape[0], len(spans)), pow2)
+    return cast_rows_per_channel(rows, padded_capacity(x.shape[0], len(spans)), pow2, block)

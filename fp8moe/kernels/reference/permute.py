@@ -5,8 +5,22 @@ from __future__ import annotations
 import torch
 
 from fp8moe.kernels import status
-from fp8moe.kernels.fp8tensor import BLOCK, FLOOR_SCALE_POW2, FP8_DTYPE, padded_capacity
-from fp8moe.kernels.reference.cast import cast_per_token, cast_rows_per_channel
+from fp8moe.kernels.fp8tensor import (
+    BLOCK,
+    FLOOR_SCALE_POW2,
+    FP8_DTYPE,
+    FP8_MAX,
+    FP8_NAN_BYTE,
+    padded_capacity,
+)
+from fp8moe.kernels.reference.cast import (
+    as_bytes,
+    cast_per_token,
+    cast_rows_per_channel,
+    empty_per_channel,
+    row_chunks,
+    scales_of_rows,
+)
 from fp8moe.kernels.reference.dequantize import dequantize_per_token
 
 PAD = -1
@@ -112,12 +126,50 @@ def permute_fp8(
     return _take_fp8_rows(data, scale, slot_of_row, row_of_slot.shape[1])
 
 
-def permute_fp8_to_channel(
-    data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
+def _cast_rows_with_scales(
+    rows: torch.Tensor, row_scale: torch.Tensor, capacity: int, pow2: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """data_t[h, r] = e4m3(data * scale of row slot_of_row[r] // topk / scale_t[h, r // 128])."""
-    rows = _take_rows(dequantize_per_token(data, scale), slot_of_row, topk)
-    return cast_rows_per_channel(rows[: used_rows(slot_of_row)], slot_of_row.numel(), pow2)
+    """data_t[h, r] = e4m3(rows[r, h] / s[h // 128, r // 128]), s the largest row scale of a block.
+
+    Args:
+        rows: (R, H) FP32, of FP8 rows, R and H multiples of 128.
+        row_scale: (R, H/128), 0 in padding.
+        capacity: columns of data_t; those from R on stay undefined.
+        pow2: round s up to a power of two.
+    """
+    r, h = rows.shape
+    data_t, scale_t = empty_per_channel(h, capacity, rows.device, block=True)
+    largest = row_scale.view(r // BLOCK, BLOCK, h // BLOCK).amax(1)
+    scale, inv = scales_of_rows(largest, pow2)
+    scale_t[:, : r // BLOCK] = scale.t()
+    for at in row_chunks(r, h):
+        blocks = slice(at.start // BLOCK, at.stop // BLOCK)
+        v = rows[at].view(blocks.stop - blocks.start, BLOCK, h // BLOCK, BLOCK)
+        q = (v * inv[blocks, None, :, None]).clamp_(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
+        bad = v.isnan() | scale[blocks, None, :, None].isnan()
+        as_bytes(q).masked_fill_(bad, FP8_NAN_BYTE)
+        as_bytes(data_t)[:, at] = as_bytes(q).view(at.stop - at.start, h).t()
+    return data_t, scale_t
+
+
+def permute_fp8_to_channel(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    topk: int,
+    pow2: bool,
+    block: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """data_t[h, r] = e4m3(data * scale of row slot_of_row[r] // topk / scale_t[h, r // 128]).
+
+    With `block`, scale_t[h // 128, r // 128]: the largest of the rows' own scales.
+    """
+    used, capacity = used_rows(slot_of_row), slot_of_row.numel()
+    rows = _take_rows(dequantize_per_token(data, scale), slot_of_row, topk)[:used]
+    if block:
+        row_scale = _take_rows(scale.contiguous(), slot_of_row, topk)[:used]
+        return _cast_rows_with_scales(rows, row_scale, capacity, pow2)
+    return cast_rows_per_channel(rows, capacity, pow2)
 
 
 def permute_fp8_both(
@@ -129,7 +181,7 @@ def permute_fp8_both(
     """
     return (
         *_take_fp8_rows(data, scale, slot_of_row, topk),
-        *permute_fp8_to_channel(data, scale, slot_of_row, topk, pow2),
+        *permute_fp8_to_channel(data, scale, slot_of_row, topk, pow2, False),
     )
 
 
@@ -141,10 +193,10 @@ def cast_permute(
 
 
 def cast_permute_to_channel(
-    x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool
+    x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool, block: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """permute_fp8_to_channel(cast_per_token(x))."""
-    return permute_fp8_to_channel(*cast_per_token(x, pow2), slot_of_row, topk, pow2)
+    return permute_fp8_to_channel(*cast_per_token(x, pow2), slot_of_row, topk, pow2, block)
 
 
 def cast_permute_both(

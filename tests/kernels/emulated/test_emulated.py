@@ -67,22 +67,30 @@ def test_rows_and_blocks(
 
 
 @pytest.mark.parametrize("sizes", [[1], [0, 130, 0, 0, 128, 5, 0], [0] * 40 + [3] + [1] * 33])
+@pytest.mark.parametrize("block", [False, True], ids=["channels", "blocks"])
 @pytest.mark.parametrize(
     ("dtype", "pow2", "columns"),
     [(torch.bfloat16, True, 136), (torch.float16, False, 7), (torch.float32, True, 16)],
 )
 def test_channels(
-    emulated: Start, dtype: torch.dtype, pow2: bool, columns: int, sizes: list[int]
+    emulated: Start,
+    dtype: torch.dtype,
+    pow2: bool,
+    columns: int,
+    block: bool,
+    sizes: list[int],
 ) -> None:
     status = emulated(cast)
     x = values(sum(sizes) + 3, columns, dtype=dtype)
     ends = torch.tensor(sizes).cumsum(0).int()
-    data, scale = cast._cast_per_channel_cuda(x, ends, pow2)
-    expected = reference.cast_per_channel(x, ends, pow2)
+    data, scale = cast._cast_per_channel_cuda(x, ends, pow2, block)
+    expected = reference.cast_per_channel(x, ends, pow2, block)
     used = sum(ceil_div(s, 128) * 128 for s in sizes)
     assert_same(data[:, :used], expected[0][:, :used])
     assert_same(scale[:, : used // 128], expected[1][:, : used // 128])
     assert (data.view(torch.uint8)[:, used:] == 0xA5).all(), "wrote past the last group"
+    past = scale[:, used // 128 :].flatten().view(torch.uint8)
+    assert (past == 0xA5).all(), "wrote past the last group"
     assert not status.any()
 
 
@@ -100,7 +108,7 @@ def test_bad_group_ends_are_reported_and_followed_safely(
     emulated: Start, ends: list[int], record: list[int]
 ) -> None:
     status = emulated(cast)
-    cast._cast_per_channel_cuda(values(200, 24), torch.tensor(ends, dtype=torch.int32), True)
+    cast._cast_per_channel_cuda(values(200, 24), torch.tensor(ends, dtype=torch.int32), True, False)
     assert status[:4].tolist() == record
 
 
@@ -170,7 +178,7 @@ def test_permute_fp8(emulated: Start, pow2_in: bool, pow2: bool, spread: int) ->
     used = used_rows(slot_of_row)
     expected = reference.permute_fp8_both(data, scale, slot_of_row, 2, pow2)
     rows = permute._permute_fp8_cuda(data, scale, row_of_slot, slot_of_row)
-    channels = permute._permute_fp8_to_channel_cuda(data, scale, slot_of_row, 2, pow2)
+    channels = permute._permute_fp8_to_channel_cuda(data, scale, slot_of_row, 2, pow2, False)
     both = permute._permute_fp8_both_cuda(data, scale, slot_of_row, 2, pow2)
     for actual in ((*rows, *channels), both):
         for got, wanted, at in zip(
@@ -199,7 +207,7 @@ def test_cast_permute(emulated: Start, pow2: bool, spread: int, topk: int, hidde
     rows = cast_permute._rows_cuda(x, row_of_slot, slot_of_row, pow2)
     for got, wanted in zip(rows, expected[:2], strict=True):
         assert_same(got[:used][real], wanted[:used][real])
-    channels = cast_permute._channel_cuda(x, slot_of_row, topk, pow2)
+    channels = cast_permute._channel_cuda(x, slot_of_row, topk, pow2, False)
     both = cast_permute._both_cuda(x, slot_of_row, topk, pow2)
     for got, wanted in zip(both[:2], expected[:2], strict=True):
         assert_same(got[:used], wanted[:used])
@@ -256,7 +264,7 @@ def assert_backward_casts(
     whole = torch.tensor([used], dtype=torch.int32)
     for actual, wanted in zip(outs[:2], reference.cast_per_token(dh, pow2), strict=True):
         assert_same(actual[:used], wanted)
-    channels = reference.cast_per_channel(dh, whole, pow2)
+    channels = reference.cast_per_channel(dh, whole, pow2, False)
     blocks = (t[0] for t in reference.cast_per_block(aw.t().unsqueeze(0), pow2))
     for (data_t, scale_t), (wanted_t, wanted_scale) in (
         (outs[2:4], channels),
@@ -369,8 +377,8 @@ def test_a_planted_error_in_the_transposition_is_seen(
     x8 = reference.cast_per_token(x, True)
     used = used_rows(slot_of_row)
     with pytest.raises((AssertionError, RuntimeError)):
-        data_t, scale_t = permute._permute_fp8_to_channel_cuda(*x8, slot_of_row, 2, True)
-        expected = reference.permute_fp8_to_channel(*x8, slot_of_row, 2, True)
+        data_t, scale_t = permute._permute_fp8_to_channel_cuda(*x8, slot_of_row, 2, True, False)
+        expected = reference.permute_fp8_to_channel(*x8, slot_of_row, 2, True, False)
         assert_same(data_t[:, :used], expected[0][:, :used])
         assert_same(scale_t[:, : used // 128], expected[1][:, : used // 128])
 
