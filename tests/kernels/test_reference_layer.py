@@ -51,7 +51,7 @@ def fp8_layer(x, ids, weights, w13, w2, dy, pow2: bool) -> dict[str, torch.Tenso
     dw2, dw13 = torch.empty(w2.shape), torch.empty(w13.shape)
     ops.k_grouped_gemm(dyt, dyt_scale, awt, awt_scale, ends, dw2, False)
     ops.m_grouped_gemm_nt(dh, dh_scale, w13_t, w13_t_scale, ends, dx_rows)
-    xt = ops.permute_fp8_to_channel(*x8, slot_of_row, topk, pow2, False)
+    xt = ops.permute_fp8_to_channel(*x8, slot_of_row, topk, pow2, True)
     ops.k_grouped_gemm(dht, dht_scale, *xt, ends, dw13, False)
     return {
         "y": ops.gather_sum(y_rows, row_of_slot),

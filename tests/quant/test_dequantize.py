@@ -104,13 +104,14 @@ def test_row_scales_become_column_scales_without_a_second_rounding(device: Any) 
 def test_per_channel_sums_ignore_the_undefined_columns() -> None:
     x = torch.randn(100, 16)
     ends = torch.tensor([40, 100], dtype=torch.int32)
-    t = quant.per_channel(x, ends)
+    a, b = quant.per_channel(x, ends), quant.per_channel(x, ends, block=True)
     out = torch.empty(2, 16, 16)
-    reference.k_grouped_gemm(*t, *t, ends, out, False)
-    poison(t.data[:, 256:])
-    poison(t.scale[:, 2:])
+    reference.k_grouped_gemm(*a, *b, ends, out, False)
+    for t in (a, b):
+        poison(t.data[:, 256:])
+        poison(t.scale[:, 2:])
     again = torch.empty(2, 16, 16)
-    reference.k_grouped_gemm(*t, *t, ends, again, False)
+    reference.k_grouped_gemm(*a, *b, ends, again, False)
     assert torch.equal(out, again)
 
 
