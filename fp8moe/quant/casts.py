@@ -1,8 +1,9 @@
 """The three scale granularities: 1 x 128 (per_token), 128 x 128 (per_block), 128 x 1 (per_channel).
 
-per_channel is transposed, for the sum over tokens in wgrad. There the gradient has a scale for 128
-tokens of one channel; the activation can do with one for 128 tokens x 128 channels (block=True),
-because it varies less, and a GEMM whose second operand has 128 x 128 scales is faster.
+per_channel is transposed, for the sum over tokens in wgrad: dy^T with a scale for 128 tokens of one
+channel, and x^T with one for 128 tokens x 128 channels (block=True). In every GEMM, then, the first
+operand has 1 x 128 scales and the second 128 x 128 ones, which a GEMM multiplies in with half the
+instructions of two 1 x 128 operands. Below about 2**-14 of its block's maximum a value loses bits.
 
 All of them share one arithmetic. With amax the largest |x| of a block, at least 2**-48,
 

@@ -2,8 +2,9 @@
 // channel.cuh) or to 128 x 128 scales (see channel_block.cuh); also the rows themselves. Bit for bit
 // the cast per token followed by the conversion of its gathered rows, without the tensor in between.
 //
-// Built for POW2 = 0 | 1, BLOCK = 0 | 1 and, without BLOCK, WITH_ROWS = 0 | 1. A CTA takes 128 rows x 128 columns. The grid walks all
-// rows of one column strip before the next, so that L2 serves the K rows of a token.
+// Built for POW2 = 0 | 1, BLOCK = 0 | 1 and, without BLOCK, WITH_ROWS = 0 | 1. A CTA takes 128 rows x
+// 128 columns. The grid walks all rows of one column strip before the next, so that L2 serves the K
+// rows of a token.
 #include "bf16.cuh"
 #include "channel_block.cuh"
 

@@ -2,8 +2,8 @@
 // channel_block.cuh); also the gathered rows themselves, from the same read.
 //
 // Built for POW2 = 0 | 1 (the new scales), BLOCK = 0 | 1 and, without BLOCK, WITH_ROWS = 0 | 1. A CTA
-// takes 128 rows x 256 columns. The grid walks all rows of one column strip before the next: the strip of every token then stays in
-// L2 while the K rows of a token read it, so DRAM delivers each token once.
+// takes 128 rows x 256 columns. The grid walks all rows of one column strip before the next: the strip
+// of every token then stays in L2 while the K rows of a token read it, so DRAM delivers each token once.
 #include "channel_block.cuh"
 
 static constexpr bool kWithRows = WITH_ROWS;

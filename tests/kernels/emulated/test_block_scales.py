@@ -156,7 +156,7 @@ def test_a_planted_error_in_the_block_form_is_seen(
     ("right", "wrong"),
     [
         ("m = max_u32(m, warp_amax[i])", "m = warp_amax[i]"),
-        ("column0 / kBlock) * scale_ld", "column0) * scale_ld"),
+        ("column0 / kBlock) * scale_ld", "column0 / 256) * scale_ld"),
         ("kBlockScales ? block_inv :", "kBlockScales ? 2.0f * block_inv :"),
     ],
     ids=["warps", "place", "inverse"],
