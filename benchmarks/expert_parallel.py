@@ -165,7 +165,6 @@ class Layer:
         """What the messages carry, made once: their contents do not matter."""
         h, k = self.shape.hidden, self.shape.topk
         with torch.no_grad():
-            self.x8 = fp8moe.quant.per_token(self.x)
             self.ids32 = self.ids.int()
             rows = len(exchange.permutation.slot_of_row)
             self.y_rows = torch.zeros(rows, h, dtype=torch.bfloat16, device=self.x.device)
@@ -190,15 +189,22 @@ class Layer:
         assert self.exchange is not None
         return self.exchange
 
+    def _side(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.weights.detach(), self.ids32
+
+    def sizes(self) -> None:
+        exchange = self._need()
+        args = self.ids, self.experts.num_experts, exchange.group, exchange.combine
+        Exchange.plan(*args).settle()
+
     def dispatch_fp8(self) -> None:
-        FP8Message.start(self._need(), self.x8, self.weights.detach(), self.ids32).wait()
+        FP8Message(self._need(), self.x.detach(), True, *self._side()).start().wait()
 
     def dispatch_bf16(self) -> None:
         exchange = self._need()
-        data = exchange.send_rows(self.x.detach())
-        side = exchange.send_side(self.weights.detach(), self.ids32)
-        data.wait()
-        side.wait()
+        packed = exchange.pack_bf16(self.x.detach()), exchange.pack_side(*self._side())
+        for pending in [exchange.send(part) for part in packed]:
+            pending.wait()
 
     def combine_bf16(self) -> None:
         self._need().return_rows(self.y_rows).wait()
@@ -209,10 +215,10 @@ class Layer:
     def communication(self) -> None:
         """Every message of forward and backward, the sizes' included, one after the other."""
         exchange = self._need()
-        Exchange.plan(self.ids, self.experts.num_experts, exchange.group, exchange.combine)
+        self.sizes()
         self.dispatch_fp8()
         self.combine_bf16()
-        FP8Message.start(exchange, self.x8).wait()
+        FP8Message(exchange, self.dy, True).start().wait()
         exchange.return_slots(self.dp).wait()
         self.combine_bf16()
 
