@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -35,9 +36,9 @@ from fp8moe.kernels.permute import gather_sum, permute_rows
 Tensor = torch.Tensor
 
 Combine = Literal["rows", "sums"]
-"""What comes back. "rows": every expert's output row, to be summed by the token's owner in the
-order of k, bit for bit as in one process. "sums": one row per token and rank, summed there in FP32
-and rounded to BF16; fewer bytes where a rank has several of a token's experts."""
+"""What comes back. "sums": one row per token and rank, summed there in FP32 and rounded to BF16;
+fewer bytes and copies. "rows": every expert's output row, to be summed by the token's owner in the
+order of k, bit for bit as in one process."""
 
 _COMBINE = get_args(Combine)
 
@@ -145,9 +146,7 @@ class _Maps(NamedTuple):
         slots = torch.arange(tokens * topk, dtype=torch.int32, device=rank.device)
         slot = torch.full((capacity + 1,), -2, dtype=torch.int32, device=rank.device)
         slot.scatter_(0, place.flatten(), slots)
-        return cls(
-            row.int().contiguous(), first_row.int().contiguous(), position, slot[:capacity]
-        )
+        return cls(row.int().contiguous(), first_row.int().contiguous(), position, slot[:capacity])
 
 
 class _Sizes:
@@ -160,11 +159,8 @@ class _Sizes:
 
     def read(self) -> tuple[list[list[int]], list[list[int]]]:
         """(sent, received). On a stream of its own: what was launched since need not be done."""
-        if self._both.is_cuda:
-            with torch.cuda.stream(_reading_stream(self._both.device)):
-                self._work.wait()
-                to, of = self._both.tolist()
-        else:
+        device = self._both.device
+        with torch.cuda.stream(_reading_stream(device)) if self._both.is_cuda else nullcontext():
             self._work.wait()
             to, of = self._both.tolist()
         return to, of
@@ -219,6 +215,8 @@ class Exchange:
     num_local_experts: int
     rows: Splits
     slots: Splits
+    sizes: _Sizes  # until `settle`
+    alike: list[str]
     # Of the tokens that this rank owns.
     row_of_slot: Tensor  # (T, K) int32, the sent row that serves a slot, -1 if dropped
     first_row_of_slot: Tensor  # the same, but -1 where an earlier slot of the token has that row
@@ -253,10 +251,10 @@ class Exchange:
         right = ids.clamp(0, num_experts)
         counts = _Counts.of(right // self.num_local_experts, ranks)
         alike = {"K": topk, "E": num_experts, "combine": _COMBINE.index(combine), **alike}
-        self._alike = list(alike)
+        self.alike = list(alike)
         own = torch.stack([counts.of_rank, (right != ids).sum().expand(ranks)], dim=1)
         constants = _on_device(ids.device, tuple(alike.values()), ranks)
-        self._sizes: _Sizes | None = _Sizes(torch.cat([own, constants], dim=1), group)
+        self.sizes = _Sizes(torch.cat([own, constants], dim=1), group)
 
         maps = _Maps.of(counts, wants_position=combine == "rows")
         self.row_of_slot, self.first_row_of_slot = maps.row, maps.first_row
@@ -269,9 +267,8 @@ class Exchange:
         Raises: ValueError, on every rank alike, for an id out of range on any of them and for what
             must be the same and is not.
         """
-        assert self._sizes is not None
-        to, of = self._sizes.read()
-        self._sizes = None
+        to, of = self.sizes.read()
+        del self.sizes
         self._check(of)
         self.rows = Splits([r[0] >> 32 for r in to], [r[0] >> 32 for r in of])
         self.slots = Splits([r[0] & _SLOTS for r in to], [r[0] & _SLOTS for r in of])
@@ -280,7 +277,7 @@ class Exchange:
         return self
 
     def _check(self, of: list[list[int]]) -> None:
-        for i, name in enumerate(self._alike):
+        for i, name in enumerate(self.alike):
             values = [row[2 + i] for row in of]
             if len(set(values)) > 1:
                 raise ValueError(
@@ -377,14 +374,15 @@ class FP8Message:
             self._side = torch.cat([self._side, exchange.pack_side(*more)], dim=1)
 
     def start(self) -> FP8Message:
-        sent = self._exchange.send(_words(self._data)), self._exchange.send(self._side.contiguous())
-        self._sent = sent
+        exchange = self._exchange
+        self._sent = exchange.send(_words(self._data)), exchange.send(self._side.contiguous())
         del self._data, self._side
         return self
 
     def wait(self) -> tuple[FP8Tensor, Tensor]:
         """The rows as a per_token FP8Tensor, and the rest of the side message, (R, w) int32."""
-        (data, side), self._sent = (pending.wait() for pending in self._sent), ()
+        data, side = (pending.wait() for pending in self._sent)
+        del self._sent
         blocks = data.shape[1] // (BLOCK // data.element_size())
         scale = side[:, :blocks].view(torch.float32)
         return restore(data.view(FP8_DTYPE), scale), side[:, blocks:]

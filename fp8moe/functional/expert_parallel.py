@@ -187,7 +187,7 @@ def dispatch(
     *,
     config: FP8Config,
     group: dist.ProcessGroup,
-    combine: Combine = "rows",
+    combine: Combine = "sums",
 ) -> Dispatched:
     """Start sending each token to the ranks of `group` that hold its experts.
 
@@ -201,7 +201,7 @@ def dispatch(
         num_experts: E of all ranks together, a multiple of the size of group.
         intermediate_size: I, which decides with H whether the fused path can run.
         config: the same on all ranks.
-        combine: "rows" or "sums", see `fp8moe.functional.exchange.Combine`.
+        combine: "sums" or "rows", see `fp8moe.functional.exchange.Combine`.
 
     Raises: ValueError naming the argument; for an id out of range, on every rank alike.
     """
