@@ -130,23 +130,24 @@ class _Maps(NamedTuple):
     @classmethod
     def of(cls, counts: _Counts, wants_position: bool) -> _Maps:
         rank, ranks = counts.rank, len(counts.of_rank)
-        before = counts.before.gather(0, rank.t()).t()
-        earlier = (rank.unsqueeze(2) == rank.unsqueeze(1)).tril(-1).sum(dim=2)
+        before = counts.before.t().gather(1, rank)
+        slots, rows = before.view(torch.int32).unflatten(1, (-1, 2)).unbind(2)  # little-endian
+        same = rank.unsqueeze(2) == rank.unsqueeze(1)
+        earlier = same.tril(-1).sum(dim=2, dtype=torch.int32)
         dropped = rank == ranks
-        row = (before >> 32).masked_fill_(dropped, -1)
+        row = rows.masked_fill(dropped, -1)
         first_row = row.masked_fill(earlier > 0, -1)
         position = None
         if wants_position:
-            position = ((before & _SLOTS) + earlier).masked_fill_(dropped, -1)
-            position = position.int().contiguous()
+            position = (slots + earlier).masked_fill_(dropped, -1).contiguous()
         # A slot that starts no row of its own writes to the last place, which is cut off.
         tokens, topk = rank.shape
         capacity = max(BLOCK, ceil_div(tokens * min(topk, ranks), BLOCK) * BLOCK)
-        place = torch.where(first_row < 0, capacity, first_row)
-        slots = torch.arange(tokens * topk, dtype=torch.int32, device=rank.device)
+        place = torch.where(first_row < 0, capacity, first_row).long()
+        every = torch.arange(tokens * topk, dtype=torch.int32, device=rank.device)
         slot = torch.full((capacity + 1,), -2, dtype=torch.int32, device=rank.device)
-        slot.scatter_(0, place.flatten(), slots)
-        return cls(row.int().contiguous(), first_row.int().contiguous(), position, slot[:capacity])
+        slot.scatter_(0, place.flatten(), every)
+        return cls(row.contiguous(), first_row.contiguous(), position, slot[:capacity])
 
 
 class _Sizes:
