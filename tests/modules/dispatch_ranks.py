@@ -170,6 +170,9 @@ def start_ranks(size: int, folder: Path, device: str, names: list[str]) -> int:
 
     Returns: 1 if one of them did not come to the end, else 0.
     """
+    for old in ("store", "outcome", "progress"):
+        for path in folder.glob(f"{old}-{size}*"):
+            path.unlink()
     if device == "cpu":
         import_checks()
     context: Any = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
