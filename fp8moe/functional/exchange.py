@@ -270,15 +270,16 @@ class Exchange:
         """
         to, of = self.sizes.read()
         del self.sizes
-        self._check(of)
+        self._check(of, self.num_experts, self.alike)
         self.rows = Splits([r[0] >> 32 for r in to], [r[0] >> 32 for r in of])
         self.slots = Splits([r[0] & _SLOTS for r in to], [r[0] & _SLOTS for r in of])
         # Messages packed from here on need not hold more than there is.
         self.slot_of_row = self.slot_of_row[: padded_capacity(sum(self.rows.to), 1)]
         return self
 
-    def _check(self, of: list[list[int]]) -> None:
-        for i, name in enumerate(self.alike):
+    @staticmethod
+    def _check(of: list[list[int]], num_experts: int, alike: list[str]) -> None:
+        for i, name in enumerate(alike):
             values = [row[2 + i] for row in of]
             if len(set(values)) > 1:
                 raise ValueError(
@@ -287,8 +288,7 @@ class Exchange:
         bad = [r for r, row in enumerate(of) if row[1]]
         if bad:
             raise ValueError(
-                f"topk_ids: expected ids 0 to {self.num_experts}, got others on ranks {bad} of "
-                "ep_group"
+                f"topk_ids: expected ids 0 to {num_experts}, got others on ranks {bad} of ep_group"
             )
 
     def _start(self, sent: Tensor, splits: Splits) -> Pending:
