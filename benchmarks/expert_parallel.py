@@ -14,17 +14,22 @@ backward of a layer whose routing is given and whose FP8 weights are cached. Col
     fp8 MB        what a rank sends to others in the two dispatches (x and dy)
     bf16 MB       what that would be in BF16
     combine MB    what it sends in the two combines (y and dx), in BF16
-    fp8 ms        the dispatch of x alone, with the copies into its messages
-    bf16 ms       the same with x in BF16
+    sizes ms      planning a batch and reading the sizes of its messages on the host
+    fp8 ms        the dispatch of x alone: its cast into the message, the message, its scales
+    bf16 ms       the same with x in BF16, which is copied into the message
     combine ms    the combine of y alone, with the copies and the sum over k
     wire GB/s     what a rank sends to others in one large all-to-all without any copies
+    away GB/s     the same where no rank sends anything to itself
     comm ms       all messages of forward and backward with nothing else running
     comm share    comm ms / ms: the share if nothing were hidden
     hidden        1 - (ms - ms at ep = 1) / comm ms: the part of communication that costs no time
     shared ms     a shared expert alone, forward and backward
     overlap       the part of it that costs no time in a layer whose shared expert's forward runs
                   while the tokens travel
+    host ms       until the host has launched a step: near "ms", the device waits for it
     GiB           most memory that was allocated on a GPU
+
+The JSON has the host's time of every part. A row is written when it is measured.
 
 NVLink multicast is left off (NCCL_NVLS_ENABLE=0).
 """
@@ -81,8 +86,8 @@ TINY = {
 
 COLUMNS = [
     "shape", "ep", "combine", "spared SMs", "ms", "efficiency", "fp8 MB", "bf16 MB", "combine MB",
-    "fp8 ms", "bf16 ms", "combine ms", "wire GB/s", "comm ms", "comm share", "hidden", "shared ms",
-    "overlap", "GiB",
+    "sizes ms", "fp8 ms", "bf16 ms", "combine ms", "wire GB/s", "away GB/s", "comm ms",
+    "comm share", "hidden", "shared ms", "overlap", "host ms", "GiB",
 ]  # fmt: skip
 
 WIRE_BYTES = 256 << 20
@@ -96,32 +101,37 @@ class Clock:
     def __init__(self, device: torch.device, iterations: int) -> None:
         self.device, self.iterations = device, iterations
 
-    def _once(self, fn: Callable[[], object]) -> float:
+    def _once(self, fn: Callable[[], object]) -> tuple[float, float]:
         dist.barrier()
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            fn()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end)
         start_s = time.perf_counter()
         fn()
-        return 1e3 * (time.perf_counter() - start_s)
+        host_ms = 1e3 * (time.perf_counter() - start_s)
+        if self.device.type != "cuda":
+            return host_ms, host_ms
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end), host_ms
 
-    def ms(self, functions: dict[str, Callable[[], object]]) -> dict[str, float]:
-        """Milliseconds of each function, called in alternation."""
+    def ms(self, functions: dict[str, Callable[[], object]]) -> dict[str, tuple[float, float]]:
+        """Milliseconds of each function and until it returned, called in alternation."""
         for fn in functions.values():
             for _ in range(2):
                 fn()
-        times: dict[str, list[float]] = {name: [] for name in functions}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
         for _ in range(self.iterations):
             for name, fn in functions.items():
                 times[name].append(self._once(fn))
-        medians = [statistics.median(t) for t in times.values()]
+        medians = [
+            [statistics.median(t) for t in zip(*both, strict=True)] for both in times.values()
+        ]
         slowest = torch.tensor(medians, dtype=torch.float64, device=self.device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        return dict(zip(functions, slowest.tolist(), strict=True))
+        return {
+            name: (ms, host) for name, (ms, host) in zip(functions, slowest.tolist(), strict=True)
+        }
 
 
 @functools.cache
@@ -165,7 +175,6 @@ class Layer:
         """What the messages carry, made once: their contents do not matter."""
         h, k = self.shape.hidden, self.shape.topk
         with torch.no_grad():
-            self.x8 = fp8moe.quant.per_token(self.x)
             self.ids32 = self.ids.int()
             rows = len(exchange.permutation.slot_of_row)
             self.y_rows = torch.zeros(rows, h, dtype=torch.bfloat16, device=self.x.device)
@@ -190,15 +199,22 @@ class Layer:
         assert self.exchange is not None
         return self.exchange
 
+    def _side(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.weights.detach(), self.ids32
+
+    def sizes(self) -> None:
+        exchange = self._need()
+        args = self.ids, self.experts.num_experts, exchange.group, exchange.combine
+        Exchange.plan(*args).settle()
+
     def dispatch_fp8(self) -> None:
-        FP8Message.start(self._need(), self.x8, self.weights.detach(), self.ids32).wait()
+        FP8Message(self._need(), self.x.detach(), True, *self._side()).start().wait()
 
     def dispatch_bf16(self) -> None:
         exchange = self._need()
-        data = exchange.send_rows(self.x.detach())
-        side = exchange.send_side(self.weights.detach(), self.ids32)
-        data.wait()
-        side.wait()
+        packed = exchange.pack_bf16(self.x.detach()), exchange.pack_side(*self._side())
+        for pending in [exchange.send(part) for part in packed]:
+            pending.wait()
 
     def combine_bf16(self) -> None:
         self._need().return_rows(self.y_rows).wait()
@@ -206,13 +222,22 @@ class Layer:
     def all_to_all(self) -> None:
         dist.all_to_all_single(*self.wire, group=self._need().group)
 
+    def all_to_all_away(self) -> None:
+        """As many bytes to each other rank, none to itself."""
+        exchange = self._need()
+        ranks, me = exchange.group.size(), exchange.group.rank()
+        part = self.wire.shape[1] // ranks
+        splits = [0 if r == me else part for r in range(ranks)]
+        received, sent = self.wire[:, : sum(splits)]
+        dist.all_to_all_single(received, sent, splits, splits, group=exchange.group)
+
     def communication(self) -> None:
         """Every message of forward and backward, the sizes' included, one after the other."""
         exchange = self._need()
-        Exchange.plan(self.ids, self.experts.num_experts, exchange.group, exchange.combine)
+        self.sizes()
         self.dispatch_fp8()
         self.combine_bf16()
-        FP8Message.start(exchange, self.x8).wait()
+        FP8Message(exchange, self.dy, True).start().wait()
         exchange.return_slots(self.dp).wait()
         self.combine_bf16()
 
@@ -254,18 +279,22 @@ def measure(
     }
     if layer.exchange is not None:
         timed |= {
+            "sizes": layer.sizes,
             "fp8": layer.dispatch_fp8,
             "bf16": layer.dispatch_bf16,
             "combine": layer.combine_bf16,
             "wire": layer.all_to_all,
+            "away": layer.all_to_all_away,
             "comm": layer.communication,
         }
-    ms = clock.ms(timed)
+    both = clock.ms(timed)
+    ms, host = ({name: pair[i] for name, pair in both.items()} for i in range(2))
     row: dict[str, object] = {
         "shape": label, "ep": ep, "combine": combine if ep > 1 else "", "ms": ms["layer"],
         "shared ms": ms["shared"],
         "overlap": (ms["layer"] + ms["shared"] - ms["both"]) / ms["shared"],
-        "with shared ms": ms["both"],
+        "with shared ms": ms["both"], "host ms": host["layer"],
+        **{f"{name} host ms": t for name, t in host.items() if name != "layer"},
         "sizes": {**shape._asdict(), "experts": layer.experts.num_experts},
     }  # fmt: skip
     if ep > 1:
@@ -281,8 +310,9 @@ def measure(
         row["efficiency"] = alone_ms / ms["layer"]
     if layer.exchange is not None:
         row |= wire_bytes(layer.exchange, shape)
-        row |= {f"{name} ms": ms[name] for name in ("fp8", "bf16", "combine", "comm")}
-        row["wire GB/s"] = layer.wire[0].numel() * (ep - 1) / ep / ms["wire"] / 1e6
+        row |= {f"{name} ms": ms[name] for name in ("sizes", "fp8", "bf16", "combine", "comm")}
+        sent = layer.wire[0].numel() // ep * (ep - 1)
+        row |= {f"{name} GB/s": sent / ms[name] / 1e6 for name in ("wire", "away")}
         row["comm share"] = ms["comm"] / ms["layer"]
         if alone_ms is not None:
             row["hidden"] = 1 - (ms["layer"] - alone_ms) / ms["comm"]
@@ -357,6 +387,8 @@ def main() -> None:
                 expert_parallel.SPARED_SMS = spared
                 row = measure(label, shape, ep, combine, clock, alone_ms, args.trace)
                 rows.append({**row, "world": world})
+                if dist.get_rank() == 0:
+                    harness.append_json(args.json, rows[-1:])
                 if ep == 1:
                     alone_ms = float(str(row["ms"]))
                 fp8moe.clear_weight_cache()
@@ -365,7 +397,6 @@ def main() -> None:
                     torch.cuda.reset_peak_memory_stats()
         if dist.get_rank() == 0:
             print(harness.table(rows, COLUMNS), end="\n\n", flush=True)
-            harness.append_json(args.json, rows)
     dist.destroy_process_group()
 
 

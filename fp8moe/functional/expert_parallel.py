@@ -28,8 +28,7 @@ from fp8moe.functional.exchange import Combine, Exchange, FP8Message
 from fp8moe.functional.experts import backward_rows, forward_rows, unfused_rows
 from fp8moe.functional.sharded import local_weight
 from fp8moe.functional.tokens import Tokens
-from fp8moe.kernels.cast import cast_per_token
-from fp8moe.kernels.fp8tensor import BLOCK, FP8Tensor
+from fp8moe.kernels.fp8tensor import BLOCK
 from fp8moe.kernels.gemm import sparing_sms
 from fp8moe.kernels.permute import gather_slots, permute_rows
 
@@ -49,21 +48,26 @@ class Dispatched:
 
     def __init__(
         self,
-        sent: FP8Tensor | Tensor,
+        x: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
         exchange: Exchange,
         config: FP8Config,
+        fused: bool,
     ) -> None:
-        self.exchange, self.config, self.topk = exchange, config, topk_ids.shape[1]
-        self.fused = isinstance(sent, FP8Tensor)
-        self.shape = tuple(sent.data.shape)
-        side = topk_weights.detach().float(), topk_ids.int()
+        self.exchange, self.config, self.fused = exchange, config, fused
+        self.shape, self.topk = tuple(x.shape), topk_ids.shape[1]
+        x, side = x.detach(), (topk_weights.detach().float(), topk_ids.int())
         self._message: Any
-        if isinstance(sent, FP8Tensor):
-            self._message = FP8Message.start(exchange, sent, *side)
+        # Packed before the host knows how much to send, sent as soon as it does.
+        if fused:
+            message = FP8Message(exchange, x, config.pow2_scales, *side)
+            exchange.settle()
+            self._message = message.start()
         else:
-            self._message = exchange.send_rows(sent), exchange.send_side(*side)
+            packed = exchange.pack_bf16(x.bfloat16()), exchange.pack_side(*side)
+            exchange.settle()
+            self._message = tuple(exchange.send(part) for part in packed)
 
     def wait(self) -> tuple[Any, Tensor]:
         """The received tokens, FP8Tensor or BF16, and their weights (R, K) float32."""
@@ -72,13 +76,10 @@ class Dispatched:
                 "dispatched: expected tokens on their way, got some that were used before; every "
                 "forward, a recomputed one too, needs a dispatch of its own"
             )
-        (data, side), self._message = self._message, None
+        message, self._message = self._message, None
+        x, side = message.wait() if self.fused else (pending.wait() for pending in message)
         topk = self.topk
-        if self.fused:
-            x, side = FP8Message(data, side).wait()
-        else:
-            x, side = data.wait().view(torch.bfloat16), side.wait()
-        self.exchange.receive(side[:, topk:].contiguous())
+        self.exchange.receive(side[:, topk:])
         return x, side[:, :topk].contiguous().view(torch.float32)
 
 
@@ -121,8 +122,7 @@ class ExpertParallelSwiglu(torch.autograd.Function):
             return returned
 
         with autocast_off(dy.device), travelling:
-            dy8 = FP8Tensor(*cast_per_token(dy.contiguous(), ctx.config.pow2_scales))
-            message = FP8Message.start(exchange, dy8)
+            message = FP8Message(exchange, dy.contiguous(), ctx.config.pow2_scales).start()
 
             def take_dy() -> Tokens:
                 return Tokens(*message.wait()[0])
@@ -172,8 +172,9 @@ class CombineRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        received = ctx.exchange.send_rows(dy.contiguous()).wait().view(torch.bfloat16)
-        return permute_rows(received, *ctx.exchange.permutation[:2]), None
+        exchange = ctx.exchange
+        received = exchange.send(exchange.pack_bf16(dy.contiguous())).wait()
+        return permute_rows(received, *exchange.permutation[:2]), None
 
 
 @torch.compiler.disable
@@ -186,7 +187,7 @@ def dispatch(
     *,
     config: FP8Config,
     group: dist.ProcessGroup,
-    combine: Combine = "rows",
+    combine: Combine = "sums",
 ) -> Dispatched:
     """Start sending each token to the ranks of `group` that hold its experts.
 
@@ -200,7 +201,7 @@ def dispatch(
         num_experts: E of all ranks together, a multiple of the size of group.
         intermediate_size: I, which decides with H whether the fused path can run.
         config: the same on all ranks.
-        combine: "rows" or "sums", see `fp8moe.functional.exchange.Combine`.
+        combine: "sums" or "rows", see `fp8moe.functional.exchange.Combine`.
 
     Raises: ValueError naming the argument; for an id out of range, on every rank alike.
     """
@@ -213,15 +214,9 @@ def dispatch(
             f"got {num_experts}"
         )
     fused = config.all_fp8 and x.shape[1] % BLOCK == 0 and intermediate_size % BLOCK == 0
-    # Before the plan: the device casts while the host waits for the sizes.
-    sent: FP8Tensor | Tensor
-    if fused:
-        sent = FP8Tensor(*cast_per_token(x.detach(), config.pow2_scales))
-    else:
-        sent = x.detach().bfloat16()
     alike = {"H": x.shape[1], "FP8": int(fused), "pow2_scales": int(config.pow2_scales)}
     exchange = Exchange.plan(topk_ids, num_experts, group, combine, **alike)
-    return Dispatched(sent, topk_ids, topk_weights, exchange, config)
+    return Dispatched(x, topk_ids, topk_weights, exchange, config, fused)
 
 
 @torch.compiler.disable

@@ -54,6 +54,7 @@ def test_two_processes(tmp_path: Path, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
         assert row.keys() >= set(COLUMNS) - ({"GiB"} if not on_gpu else set())
         assert row["world"] == 2 and (row["gpu"] != "none") == on_gpu and row["wire GB/s"] > 0
+        assert row["away GB/s"] > 0 and 0 < row["fp8 host ms"] <= row["fp8 ms"] * 1.001
         assert row["efficiency"] == pytest.approx(alone["ms"] / row["ms"])
         # Per row: two of H bytes and H / 128 scales against two of 2 H, and K weights and ids.
         h, k = TINY["qwen3"].hidden, TINY["qwen3"].topk

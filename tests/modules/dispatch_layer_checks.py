@@ -176,8 +176,15 @@ def planted_errors_are_found(ranks: Ranks) -> None:
             setattr(Exchange, name, original)
         return {n for n in got if any_rank(ranks, n in differing(got, expected))}
 
-    def doubled_scale(send: Any, self: Exchange, scale: torch.Tensor, *more: torch.Tensor) -> Any:
-        return send(self, scale * 2, *more)
+    def doubled_scale(pack: Any, self: Exchange, x: torch.Tensor, pow2: bool) -> Any:
+        data, scale = pack(self, x, pow2)
+        return data, scale * 2
+
+    def doubled_weights(pack: Any, self: Exchange, p: torch.Tensor, ids: torch.Tensor) -> Any:
+        return pack(self, p * 2, ids)
+
+    def reversed_tokens(pack: Any, self: Exchange, x: torch.Tensor, pow2: bool) -> Any:
+        return pack(self, x.flip(0), pow2)
 
     def reversed_order(send: Any, self: Exchange, rows: torch.Tensor) -> Any:
         return send(self, rows.flip(0))
@@ -185,8 +192,9 @@ def planted_errors_are_found(ranks: Ranks) -> None:
     def slots_of_the_next_token(send: Any, self: Exchange, values: torch.Tensor) -> Any:
         return send(self, values.roll(1, 0))
 
-    assert with_fault("send_side", doubled_scale) >= {"y", "dw13", "dw2"}
-    assert with_fault("send_rows", reversed_order) >= {"y", "dx", "dp", "dw13", "dw2"}
+    assert with_fault("pack_fp8", doubled_scale) >= {"y", "dw13", "dw2"}
+    assert with_fault("pack_fp8", reversed_tokens) >= {"y", "dx", "dp", "dw13", "dw2"}
+    assert with_fault("pack_side", doubled_weights) >= {"y", "dx", "dw13", "dw2"}
     assert with_fault("return_rows", reversed_order) == {"y", "dx"}
     assert with_fault("return_slots", slots_of_the_next_token) == {"dp"}
 
@@ -227,7 +235,6 @@ def wrong_arguments_are_raised_on_every_rank(ranks: Ranks) -> None:
             dispatch(x, ids, weights, E, I, group=ranks.group, **options)
     with pytest.raises(ValueError, match=f"num_experts: expected a multiple of the {ranks.size}"):
         Experts(E + 1, H, I, ep_group=ranks.group, device=ranks.device)
-    pair = dist.new_group([0])
-    if ranks.rank:
-        with pytest.raises(ValueError, match="ep_group: expected a ProcessGroup with this rank"):
-            Experts(E, H, I, ep_group=pair, device=ranks.device)
+    # What new_group gives to the ranks that are not in it.
+    with pytest.raises(ValueError, match="ep_group: expected a ProcessGroup with this rank"):
+        Experts(E, H, I, ep_group=dist.GroupMember.NON_GROUP_MEMBER, device=ranks.device)

@@ -39,14 +39,16 @@ from fp8moe.modules import (
 class Model(nn.Module):
     """y = out(x + moe(x)), with a shared expert."""
 
-    def __init__(self, device: torch.device, ep_group: Any = None, **config: Any) -> None:
+    def __init__(
+        self, device: torch.device, ep_group: Any = None, combine: Any = "rows", **config: Any
+    ) -> None:
         super().__init__()
         torch.manual_seed(11)
         experts = FP8Config(**config)
         with device:
             self.moe = MoE(
                 Router(H, E, K),
-                Experts(E, H, I, config=experts, ep_group=ep_group),
+                Experts(E, H, I, config=experts, ep_group=ep_group, combine=combine),
                 SharedExperts(H, 64),
             )
             self.out = nn.Linear(H, 8)
@@ -152,15 +154,17 @@ def ddp_trains_like_one_process(ranks: Ranks) -> None:
 @check
 def fsdp_trains_like_one_process(ranks: Ranks) -> None:
     expected = trained_by_one_process(ranks.device)
-    model = Model(ranks.device, ranks.group)
+    model = Model(ranks.device, ranks.group, "sums")
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     fully_shard(model, mesh=mesh, ignored_params=set(expert_parameters(model)))
     got = train(model, ranks, reduce=lambda: reduce_expert_gradients(model))
     assert_same_training(got, expected)
 
 
+@functools.cache
 def replicated(ranks: Ranks) -> DeviceMesh:
-    """Two ranks share the experts; each has size / 2 replicas."""
+    """Two ranks share the experts; each has size / 2 replicas. Made once: each call would make two
+    communicators, which takes NCCL seconds."""
     shape = ranks.size // 2, 2
     return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("dp", "ep"))
 
@@ -176,7 +180,7 @@ def replicated_experts_under_ddp(ranks: Ranks) -> None:
 @check
 def replicated_experts_under_fsdp(ranks: Ranks) -> None:
     mesh = replicated(ranks)
-    model = Model(ranks.device, mesh["ep"], cache_weights=False)
+    model = Model(ranks.device, mesh["ep"], "sums", cache_weights=False)
     own = set(expert_parameters(model))
     fully_shard(model.moe.experts, mesh=mesh["dp"])
     fully_shard(model, mesh=init_device_mesh(ranks.device.type, (ranks.size,)), ignored_params=own)
@@ -185,26 +189,10 @@ def replicated_experts_under_fsdp(ranks: Ranks) -> None:
 
 
 @check
-def compiled_and_autocast(ranks: Ranks) -> None:
+def autocast(ranks: Ranks) -> None:
     with torch.autocast(ranks.device.type, dtype=torch.bfloat16):
         y = Model(ranks.device, ranks.group).moe(data(ranks.device, 0)[0][:5]).y
     assert y.dtype == torch.bfloat16
-    if ranks.size > 2:  # compiling takes as long as all other checks together
-        return
-    x, target = data(ranks.device, 0)
-    at = ranks.even(len(x))
-
-    def gradients(run: Callable[[Model, torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
-        model = Model(ranks.device, ranks.group)
-        (run(model, x[at]) - target[at]).square().sum().backward()
-        return [getattr(p.grad, "_local_tensor", p.grad) for p in model.parameters()]
-
-    def compiled(model: Model, x: torch.Tensor) -> torch.Tensor:
-        return torch.compile(model, backend="aot_eager")(x)
-
-    expected = gradients(lambda model, x: model(x))
-    for got, wanted in zip(gradients(compiled), expected, strict=True):
-        assert testing.sqnr_db(got, wanted) > 60
 
 
 @check
@@ -333,3 +321,21 @@ def unsharded_state_dicts(ranks: Ranks) -> None:
     more = {"model": {"moe.experts.w13": torch.zeros(2 * E, 2 * I, H, device=ranks.device)}}
     with pytest.raises(dcp.api.CheckpointException, match="Size mismatch between saved"):
         dcp.load(more, checkpoint_id=ranks.folder / f"saved-{ranks.size}")
+
+
+@check
+def compiled(ranks: Ranks) -> None:
+    if ranks.size > 2:  # compiling takes as long as all other checks together
+        return
+    x, target = data(ranks.device, 0)
+    at = ranks.even(len(x))
+
+    def gradients(run: Callable[[Model, torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        model = Model(ranks.device, ranks.group)
+        (run(model, x[at]) - target[at]).square().sum().backward()
+        return [getattr(p.grad, "_local_tensor", p.grad) for p in model.parameters()]
+
+    expected = gradients(lambda model, x: model(x))
+    got = gradients(lambda model, x: torch.compile(model, backend="aot_eager")(x))
+    for mine, wanted in zip(got, expected, strict=True):
+        assert testing.sqnr_db(mine, wanted) > 60
