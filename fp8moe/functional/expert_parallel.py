@@ -187,7 +187,7 @@ def dispatch(
     *,
     config: FP8Config,
     group: dist.ProcessGroup,
-    combine: Combine = "sums",
+    combine: Combine = "rows",
 ) -> Dispatched:
     """Start sending each token to the ranks of `group` that hold its experts.
 

@@ -102,7 +102,7 @@ class AllToAllDispatcher:
         num_experts: int,
         ep_group: dist.ProcessGroup | DeviceMesh,
         *,
-        combine: Combine = "sums",
+        combine: Combine = "rows",
         device: torch.device | str | None = None,
     ) -> None:
         if combine not in get_args(Combine):

@@ -28,8 +28,8 @@ class Experts(nn.Module):
         config: precision of each GEMM; may be replaced later (`experts.config = ...`).
         ep_group: a process group, or a one-dimensional DeviceMesh, whose ranks hold E / ranks
             experts each. All of them run forward and backward together, also with no tokens.
-        combine: with ep_group, what travels back: "sums", one row per token and rank (fewer bytes,
-            rounded once more), or "rows", every expert's output, summed as in one process.
+        combine: with ep_group, what travels back: "rows", every expert's output, summed as in one
+            process, bit for bit; or "sums", one row per token and rank: faster, rounded once more.
 
     Parameters: w13 (E, 2I, H), gate rows then up rows; w2 (E, H, I). With ep_group they are
         DTensors of these shapes, of which this rank holds its experts.
@@ -49,7 +49,7 @@ class Experts(nn.Module):
         *,
         config: FP8Config | None = None,
         ep_group: dist.ProcessGroup | DeviceMesh | None = None,
-        combine: Combine = "sums",
+        combine: Combine = "rows",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -93,7 +93,7 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def shard(
-        self, ep_group: dist.ProcessGroup | DeviceMesh, *, combine: Combine = "sums"
+        self, ep_group: dist.ProcessGroup | DeviceMesh, *, combine: Combine = "rows"
     ) -> Experts:
         """Spread experts that are all here, the same on every rank, over the ranks of ep_group.
 
