@@ -30,7 +30,8 @@ class FP8Tensor(NamedTuple):
         scale: float32, one of
             per_token: (M, ceil(K/128)) for data (M, K), MN-major (see `empty_scale`);
             per_block: ([E,] ceil(N/128), ceil(K/128)) for data ([E,] N, K), contiguous;
-            per_channel: (N, R/128) for token-transposed data (N, R), MN-major.
+            per_channel: (N, R/128) for token-transposed data (N, R), MN-major; with block scales
+                (ceil(N/128), R/128), which is per_block.
     """
 
     data: torch.Tensor

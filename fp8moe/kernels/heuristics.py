@@ -63,7 +63,7 @@ class Grouping(IntEnum):
 
 
 class Output(IntEnum):
-    """Epilogues, numbered as in csrc/epilogue.cuh."""
+    """Epilogues, numbered as in csrc/scheduler.cuh."""
 
     BF16 = 0
     F32 = 1

@@ -247,7 +247,7 @@ def _name(spec: KernelSpec, source: str) -> str:
 
 def cache_path(spec: KernelSpec) -> Path:
     """The cache file of ``spec``; its name is a hash of the rendered source, the options (with the
-    architecture) and the NVRTC build."""
+    architecture), the NVRTC build and, for ``hold_operands``, of ``sass``."""
     return disk_cache.path(_name(spec, render(spec)))
 
 

@@ -26,6 +26,7 @@ _FFMA = 0x223  # FFMA R, R, R, R: bits 0 to 11
 _ALWAYS = 7  # predicate PT: bits 12 to 15
 _NO_YIELD = 1 << 45  # in the upper word
 _REUSE_B = 1 << 59
+_REUSE = 0xF << 58  # of any operand
 
 
 def _code(cubin: bytes) -> Iterator[tuple[int, int]]:
@@ -67,7 +68,9 @@ def hold_operands(cubin: bytes, run: int = RUN) -> bytes:
                 high |= _REUSE_B | _NO_YIELD
                 held_before += 1
             else:
-                high &= ~(_REUSE_B | _NO_YIELD)
+                high &= ~_REUSE_B
                 held_before = 0
+                if not high & _REUSE:  # a yield would lose what ptxas holds of another operand
+                    high &= ~_NO_YIELD
             struct.pack_into("<Q", patched, at + 8, high)
     return bytes(patched)

@@ -1,4 +1,6 @@
-"""Every kernel once on small odd shapes, for compute-sanitizer, which slows kernels a hundredfold.
+"""The kernels of a layer and every tile of the GEMM, on small odd shapes, for compute-sanitizer.
+
+It slows kernels a hundredfold:
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python tests/kernels/sanitize.py
     compute-sanitizer --tool racecheck --error-exitcode 9 python tests/kernels/sanitize.py
@@ -16,21 +18,22 @@ from fp8moe.kernels import gemm, heuristics
 from fp8moe.kernels.fp8tensor import FP8Tensor, padded_capacity
 from fp8moe.kernels.heuristics import Grouping, Output, Problem
 
-SIZES = [70, 0, 1, 130]  # rows of the groups
+SIZES = ([70, 0, 1, 130], [72, 0, 4, 132])
+"""Rows of the groups: scales are copied 4 bytes at a time, and 16."""
 
 
 def _random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
 
-def forward_gemms(n: int = 264, k: int = 400) -> int:
+def forward_gemms(group_sizes: list[int], n: int = 264, k: int = 400) -> int:
     """Dense, grouped and masked with every tile; the number of launches."""
-    groups, m = len(SIZES), sum(SIZES)
+    groups, m = len(group_sizes), sum(group_sizes)
     a = quant.per_token(_random(m, k), pow2=True)
     b = quant.per_block(_random(groups, n, k), pow2=True)
-    sizes = torch.tensor(SIZES, device="cuda", dtype=torch.int32)
+    sizes = torch.tensor(group_sizes, device="cuda", dtype=torch.int32)
     ends = sizes.cumsum(0).int()
-    each = max(SIZES)
+    each = max(group_sizes)
     masked = quant.per_token(_random(groups * each, k), pow2=True)
     masked_a, masked_scale = (
         masked.data.view(groups, each, k),
@@ -50,18 +53,18 @@ def forward_gemms(n: int = 264, k: int = 400) -> int:
     return launches
 
 
-def weight_gradients(n: int = 136, k: int = 264) -> int:
+def weight_gradients(group_sizes: list[int], n: int = 136, k: int = 264) -> int:
     """Every tile and output; the number of launches."""
-    ends = torch.tensor(SIZES, device="cuda").cumsum(0).int()
-    a = quant.per_channel(_random(sum(SIZES), n), ends, pow2=True)
-    b = quant.per_channel(_random(sum(SIZES), k), ends, pow2=True, block=True)
-    rows = padded_capacity(sum(SIZES), len(SIZES))
+    ends = torch.tensor(group_sizes, device="cuda").cumsum(0).int()
+    a = quant.per_channel(_random(sum(group_sizes), n), ends, pow2=True)
+    b = quant.per_channel(_random(sum(group_sizes), k), ends, pow2=True, block=True)
+    rows = padded_capacity(sum(group_sizes), len(group_sizes))
     launches = 0
     for tile in heuristics.candidates(Grouping.K_GROUPED):
         for output in Output:
             dtype = torch.bfloat16 if output == Output.BF16 else torch.float32
-            out = torch.zeros(len(SIZES), n, k, device="cuda", dtype=dtype)
-            p = Problem(Grouping.K_GROUPED, output, n, k, rows, len(SIZES))
+            out = torch.zeros(len(group_sizes), n, k, device="cuda", dtype=dtype)
+            p = Problem(Grouping.K_GROUPED, output, n, k, rows, len(group_sizes))
             gemm._launch(p, *a, *b, ends, out, (tile, 2))
             launches += 1
     return launches
@@ -83,11 +86,12 @@ def layers() -> None:
 
 def main() -> None:
     torch.manual_seed(0)
-    launches = forward_gemms() + weight_gradients()
+    launches = sum(forward_gemms(sizes) + weight_gradients(sizes) for sizes in SIZES)
+    launches += weight_gradients(SIZES[0], 130)  # any number of channels: 4 bytes
     layers()
-    x = quant.per_token(_random(33, 136), pow2=False)
-    w = quant.per_block(_random(136, 136), pow2=False)
-    fp8moe.gemm_nt(FP8Tensor(*x), FP8Tensor(*w))
+    x = quant.per_token(_random(33, 144), pow2=False)
+    w = quant.per_block(_random(136, 144), pow2=False)
+    gemm.gemm_nt(FP8Tensor(*x), FP8Tensor(*w))
     torch.cuda.synchronize()
     fp8moe.check_errors()
     print(f"{launches} GEMMs and 6 layers ran")

@@ -144,15 +144,16 @@ def test_cuda_more_than_2_31_elements() -> None:
     assert same_all((data[-128:], scale[-128:]), tail)
     del data, scale
     ends = torch.tensor([rows - 128, rows], dtype=torch.int32, device="cuda")
-    data, scale = cast.cast_per_channel(x, ends, True, False)
-    alone = cast.cast_per_channel(
-        x[-128:, -128:].clone(), torch.tensor([128], dtype=torch.int32, device="cuda"), True, False
-    )
+    corner, end = x[-128:, -128:].clone(), torch.full_like(ends[:1], 128)
     used = slice(rows - 128, rows)
-    assert same_all(
-        (data[-128:, used], scale[-128:, rows // 128 - 1]), (alone[0][:, :128], alone[1][:, 0])
-    )
-    del data, scale
+    for block, channels in ((False, 128), (True, 1)):
+        data, scale = cast.cast_per_channel(x, ends, True, block)
+        alone = cast.cast_per_channel(corner, end, True, block)
+        assert same_all(
+            (data[-128:, used], scale[-channels:, rows // 128 - 1]),
+            (alone[0][:, :128], alone[1][:, 0]),
+        )
+        del data, scale
     w = x.view(75, 4096, columns)
     whole = cast.cast_per_block_both(w, True)
     last = cast.cast_per_block_both(w[-1:].clone(), True)

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from fp8moe.kernels import gemm, jit, sass
+from fp8moe.kernels import gemm, gemm_swiglu, jit, sass
 from fp8moe.kernels.heuristics import Grouping, Output, Tile
 from tests.kernels.test_build import disassembly
 
@@ -15,6 +15,15 @@ SPECS = [
     gemm.spec(Grouping.M_GROUPED, Output.BF16, Tile(128, 256), 8),
     gemm.spec(Grouping.DENSE, Output.BF16, Tile(64, 64), 1),
     gemm.spec(Grouping.K_GROUPED, Output.ADD, Tile(128, 192), 8),
+    gemm_swiglu.spec(True, 8),
+]
+# (specification, promotion FFMAs of one k-block)
+PROMOTIONS = [
+    (SPECS[0], 128),
+    (SPECS[2], 96),
+    (gemm.spec(Grouping.K_GROUPED, Output.F32, Tile(128, 256), 8), 128),
+    (gemm.spec(Grouping.K_GROUPED, Output.F32, Tile(192, 128), 8), 64),
+    (SPECS[3], 128),
 ]
 _HEX = re.compile(r"/\* 0x[0-9a-f]{16} \*/")
 
@@ -82,10 +91,11 @@ def test_operands_are_held_in_runs(cubins: tuple[bytes, bytes]) -> None:
         assert _runs(_instructions(plain)) != _runs(_instructions(held))
 
 
-def test_forward_tiles_have_long_runs() -> None:
-    """What the promotion is written for: a scale serves half of an accumulator."""
-    cubin = jit.compile(SPECS[0]).cubin
-    assert sum(len(run) for run in _runs(_instructions(cubin)) if len(run) >= sass.RUN) >= 96
+@pytest.mark.parametrize(("spec", "ffmas"), PROMOTIONS, ids=lambda p: str(p))
+def test_promotions_have_long_runs(spec: jit.KernelSpec, ffmas: int) -> None:
+    """What the promotion is written for, if ptxas puts the scale in operand B."""
+    runs = _runs(_instructions(jit.compile(spec).cubin))
+    assert sum(len(run) for run in runs if len(run) >= sass.RUN) >= 0.75 * ffmas
 
 
 def test_a_destination_is_not_held() -> None:
@@ -94,6 +104,15 @@ def test_a_destination_is_not_held() -> None:
     assert sass._held(ffma & ~(0xFF << 16) | 7 << 16) is None  # R7 = R6 * R7 + ...
     assert sass._held(ffma & ~(0xF << 12)) is None  # predicated
     assert sass._held(ffma ^ 1) is None  # another instruction
+
+
+def test_what_ptxas_holds_is_not_yielded_away(cubins: tuple[bytes, bytes]) -> None:
+    """Also where an FFMA lets go of operand B."""
+    for cubin in cubins:
+        for start, size in sass._code(cubin):
+            for at in range(start, start + size, 16):
+                _, high = struct.unpack_from("<QQ", cubin, at)
+                assert not high & sass._REUSE or high & sass._NO_YIELD
 
 
 @pytest.mark.parametrize("data", [b"", b"not an ELF file at all", b"\x7fELF\x01\x01"])
