@@ -66,7 +66,7 @@ class GroupedLinear(torch.autograd.Function):
             for_dgrad = (bf16_weight(w, cache=True) if cache else w, None)
         for_wgrad: tuple[Tensor | None, ...] = (x if need_w else None, None)
         if need_w and config.wgrad == "fp8" and config.save == "fp8":
-            for_wgrad = cast_per_channel(x, group_ends, config.pow2_scales, True)
+            for_wgrad = cast_per_channel(x, group_ends, config.pow2_scales, block=True)
         ctx.save_for_backward(group_ends, *for_dgrad, *for_wgrad, rows)
         ctx.config, ctx.kind = config, kinds[2]
         ctx.x_dtype, ctx.w_dtype = x.dtype, w.dtype
@@ -95,8 +95,10 @@ class GroupedLinear(torch.autograd.Function):
                 if x_scale is not None:
                     x_t = FP8Tensor(x, x_scale.contiguous())
                 else:
-                    x_t = FP8Tensor(*cast_per_channel(x, group_ends, config.pow2_scales, True))
-                dy_t = FP8Tensor(*cast_per_channel(dy, group_ends, config.pow2_scales, False))
+                    x_t = FP8Tensor(
+                        *cast_per_channel(x, group_ends, config.pow2_scales, block=True)
+                    )
+                dy_t = FP8Tensor(*cast_per_channel(dy, group_ends, config.pow2_scales, block=False))
                 dw = fp8_wgrad(dy_t, x_t, group_ends, ctx.w, ctx.w_dtype)
             elif need_w:
                 dw = bf16_wgrad(dy.bfloat16(), x.bfloat16(), group_ends, ctx.w, ctx.w_dtype)

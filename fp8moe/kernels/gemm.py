@@ -62,7 +62,7 @@ _spared = 0
 
 @contextlib.contextmanager
 def sparing_sms(count: int) -> Iterator[None]:
-    """GEMMs launched meanwhile leave `count` SMs free, for a message that travels beside them.
+    """This module's GEMMs leave `count` SMs free meanwhile, for a message that travels beside them.
 
     A GEMM's CTAs share its tiles evenly and stay until the last one. One that has to wait until
     another kernel leaves its SM ends that much later, and with it the GEMM: nothing is hidden.

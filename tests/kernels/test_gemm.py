@@ -85,7 +85,10 @@ def _wgrad_operands(sizes, n, k, device):
     rows, ends = sum(sizes), _ends(sizes, device)
     generator = torch.Generator().manual_seed(3)
     dy = torch.randn(rows, n, generator=generator).to(device, torch.bfloat16)
-    x = torch.randn(rows, k, generator=generator).to(device, torch.bfloat16)
+    x = torch.randn(rows, k, generator=generator)
+    # Blocks with scales far apart, so that one in another's place is seen.
+    r, c = torch.arange(rows)[:, None] // 64, torch.arange(k) // 128
+    x = (x * torch.exp2((r * 5 + c * 3) % 7 - 3.0)).to(device, torch.bfloat16)
     a = quant.per_channel(dy, ends, pow2=True)
     b = quant.per_channel(x, ends, pow2=True, block=True)
     # The data past the last group is undefined by contract: make it as bad as it gets.

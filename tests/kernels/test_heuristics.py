@@ -9,16 +9,15 @@ TILES = sorted({t for g in Grouping for t in heuristics.candidates(g)}, key=str)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("block_scales", [True, False])
 @pytest.mark.parametrize("groups", [1, heuristics.FEW_GROUPS, heuristics.MAX_GROUPS])
-def test_every_tile_fits_shared_memory_with_a_working_ring(tile, block_scales, groups):
-    assert tile.shared_memory(block_scales, groups) <= heuristics.SHARED_MEMORY
-    assert 3 <= tile.stages(block_scales, groups) <= 12
+def test_every_tile_fits_shared_memory_with_a_working_ring(tile, groups):
+    assert tile.shared_memory(groups) <= heuristics.SHARED_MEMORY
+    assert 3 <= tile.stages(groups) <= 12
 
 
 def test_a_short_group_table_leaves_room_for_a_fourth_stage():
-    assert Tile(128, 256).stages(True, heuristics.FEW_GROUPS) == 4
-    assert Tile(128, 256).stages(True, heuristics.FEW_GROUPS + 1) == 3
+    assert Tile(128, 256).stages(heuristics.FEW_GROUPS) == 4
+    assert Tile(128, 256).stages(heuristics.FEW_GROUPS + 1) == 3
 
 
 def test_large_problems_get_the_wide_tile_walked_in_bands():
