@@ -9,8 +9,8 @@ Each shape is checked against an FP32 product of the dequantized operands before
 ``torch._scaled_mm`` tensorwise (dense), ``torch._scaled_grouped_mm`` rowwise (m_grouped), torch's
 BF16 ``_grouped_mm`` (wgrad; ours writes FP32 there, BF16 as the peer in ``fine_wgrad``). ``ratio``
 is peer time / our time: above 1 we are faster. ``us`` is kernel time after a flush of L2; ``host
-us`` what a launch costs the host, descriptors included. The family ``unaligned`` has the groups of
-``m_grouped`` with every inner end moved off the multiples of 128.
+us`` what a launch costs the host, descriptors included, on an idle GPU. The family ``unaligned``
+has the groups of ``m_grouped`` with every inner end moved off the multiples of 128.
 """
 
 from __future__ import annotations
@@ -238,6 +238,7 @@ def measure(s: Shape, search: bool, iterations: int, sustained: bool) -> list[di
     times = harness.time_kernels({**functions, **case.peers}, iterations)
     host = harness.host_time(functions[next(iter(functions))])
     peer = next(iter(case.peers), None)
+    peer_host = harness.host_time(case.peers[peer]) if peer else None
     rows = []
     for name, config in names.items():
         row: dict[str, object] = {
@@ -246,6 +247,7 @@ def measure(s: Shape, search: bool, iterations: int, sustained: bool) -> list[di
             "chosen": "*" if config == chosen else "", "host us": host,
         }  # fmt: skip
         if peer:
+            row["peer host us"] = peer_host
             row |= {"peer": peer, "peer_us": times[peer], "ratio": times[peer] / times[name]}
         if sustained:
             ours = harness.time_sustained(functions[name])
@@ -269,8 +271,10 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.gemm needs a Hopper GPU; this machine has no CUDA device")
-    columns = ["family", "G", "m", "n", "k", "tile", "chosen", "us", "tflops", "peer", "peer_us",
-               "ratio", "host us", "sustained_tflops", "sustained_ratio"]  # fmt: skip
+    columns = [
+        "family", "G", "m", "n", "k", "tile", "chosen", "us", "tflops", "peer", "peer_us", "ratio",
+        "host us", "peer host us", "sustained_tflops", "sustained_ratio",
+    ]  # fmt: skip
     everything = []
     for family in args.family or dict.fromkeys(s.family for s in SHAPES):
         rows = []
