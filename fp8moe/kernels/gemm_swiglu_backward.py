@@ -28,8 +28,8 @@ STAGES = 3
 
 _OUTPUT_SWIGLU_BACKWARD = 4  # as in csrc/scheduler.cuh
 
-# struct Staging of csrc/epilogue_swiglu_backward.cuh: panels and values of 16 rows for each of eight
-# warps, two transposed buffers, column maxima, inverse scales, maxima of the activation.
+# struct Staging of csrc/epilogue_swiglu_backward.cuh: panels and values of 16 rows for each of the
+# eight warps, two transposed buffers, column maxima, inverse scales, maxima of the activation.
 _ROWS_BYTES = 2 * 16 * BLOCK + 4 * 4 * 16
 _STAGING_BYTES = 8 * _ROWS_BYTES + 2 * BLOCK * BLOCK + 8 * 4 * BLOCK + 2 * 4 * BLOCK + 8 * 4
 

@@ -231,7 +231,8 @@ DEVICE void store(const float (&sum)[HALVES][REGISTERS], char* memory, const Des
         u8* dh = d.dh + first_row * (2 * p.n) + column;
         copy_panel(rows.panels[0], dh, 2 * p.n, 16);
         copy_panel(rows.panels[1], dh + p.n, 2 * p.n, 16);
-        const u32 padding = __ballot_sync(kFullWarp, rows.slot[lane % 16] < 0);  // also ends the reads of the panels
+        const u32 padding = __ballot_sync(kFullWarp, rows.slot[lane % 16] < 0);
+        __syncwarp();  // the panels have been copied
         if (half == 0 && column + 128 < p.n) load_h(rows, d, p, column + 128, first_row, padding);
 
         // Of the four lanes of a row, the first three write one value each.
