@@ -156,16 +156,18 @@ DEVICE void copy_transposed(const char* buffer, u8* out, i64 pitch, int thread) 
 // One half of the warp's 16 rows: da to dg, du and aw, and the row sums of da * a, which are returned for both rows.
 DEVICE void backward(const Pairs& da, const Rows& rows, Pairs& dg, Pairs& du, Pairs& aw, float (&dprob)[2]) {
     const int lane = threadIdx.x % 32;
+    const int start = swizzle(lane / 4, 0) + lane % 4 * 2;  // chunk c is at start ^ c << 4
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int local = lane / 4 + 8 * r;
         const float weight = rows.weight[local], gate = rows.scale[0][local], up = rows.scale[1][local];
         const bool pad = rows.slot[local] < 0;  // its da is garbage, and garbage times 0 may be NaN
         const auto pair = [&](int i) {
-            const int at = swizzle(local, i / 2) + i % 2 * 8 + lane % 4 * 2, w = 2 * i + r;
+            const char* at = rows.panels[0] + (start ^ i / 2 << 4) + i % 2 * 8 + r * 8 * 128;
+            const int w = 2 * i + r;
             float sum;
-            backward_pair(pair_of_e4m3(*reinterpret_cast<const u16*>(rows.panels[0] + at), gate),
-                          pair_of_e4m3(*reinterpret_cast<const u16*>(rows.panels[1] + at), up), pad ? 0 : da[w], weight,
+            backward_pair(pair_of_e4m3(*reinterpret_cast<const u16*>(at), gate),
+                          pair_of_e4m3(*reinterpret_cast<const u16*>(at + PANEL_BYTES), up), pad ? 0 : da[w], weight,
                           dg[w], du[w], aw[w], sum);
             return sum;
         };

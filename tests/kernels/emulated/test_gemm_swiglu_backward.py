@@ -132,7 +132,7 @@ def test_a_group_that_ends_within_a_block_is_reported_and_left_out(emulated: Sta
         ("(column + m * p.n) / 128 * d.h", "column / 128 * d.h"),
         ("m * p.n, valid)", "m * p.n, true)"),
         ("pad ? 0 : da[w]", "da[w]"),
-        ("i % 2 * 8 + lane % 4 * 2, w", "i % 2 * 8 + lane % 4, w"),
+        ("i % 2 * 8 + r * 8 * 128", "i % 2 * 8"),
         ("sum[i] = left + pair(i + 8)", "sum[i] = left + pair(8 + (i ^ 1))"),
         ("column + 128 < p.n) load_h", "column < p.n) load_h"),
         ("if (column >= p.n) break;", "if (column + 128 >= p.n) break;"),
