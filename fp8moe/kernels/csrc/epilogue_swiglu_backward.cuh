@@ -90,14 +90,15 @@ DEVICE void prefetch(char* memory, const Destination& d, const Problem& p, const
     load_h(rows, d, p, t.column, first_row, padding);
 }
 
-// Maxima over lanes STEP apart of COUNT pairs: each lane gives away half of them, the rest replaces the first half.
+// Largest magnitudes over lanes STEP apart of COUNT pairs: each lane gives away half of them, the rest replaces the first
+// half.
 template <int STEP, int COUNT>
 DEVICE void halve_max(u32 (&v)[16]) {
     const bool upper = threadIdx.x & STEP;
 #pragma unroll
     for (int j = 0; j < COUNT / 2; ++j) {
         const u32 keep = upper ? v[j + COUNT / 2] : v[j], give = upper ? v[j] : v[j + COUNT / 2];
-        v[j] = max_u16x2(keep, __shfl_xor_sync(kFullWarp, give, STEP));
+        v[j] = max_magnitude_bf16x2(keep, __shfl_xor_sync(kFullWarp, give, STEP));
     }
 }
 
@@ -105,14 +106,14 @@ DEVICE void halve_max(u32 (&v)[16]) {
 DEVICE void write_column_max(const Pairs& w, u32* out) {
     u32 m[16];
 #pragma unroll
-    for (int i = 0; i < 16; ++i) m[i] = abs_bits_16x2(max_magnitude_bf16x2(w[2 * i], w[2 * i + 1]));
+    for (int i = 0; i < 16; ++i) m[i] = max_magnitude_bf16x2(w[2 * i], w[2 * i + 1]);
     halve_max<16, 16>(m);
     halve_max<8, 8>(m);
     halve_max<4, 4>(m);
     // Left are the runs of eight columns 2 (lane / 4) + {0, 1}.
     const int lane = threadIdx.x % 32;
-    out[lane / 4 * 8 + lane % 4] = m[0];
-    out[lane / 4 * 8 + lane % 4 + 4] = m[1];
+    out[lane / 4 * 8 + lane % 4] = abs_bits_16x2(m[0]);
+    out[lane / 4 * 8 + lane % 4 + 4] = abs_bits_16x2(m[1]);
 }
 
 // Keeps the compiler from unpacking a word once for all of its casts: it would hold two floats in place of a word.
@@ -161,13 +162,12 @@ DEVICE void backward(const Pairs& da, const Rows& rows, Pairs& dg, Pairs& du, Pa
     for (int r = 0; r < 2; ++r) {
         const int local = lane / 4 + 8 * r;
         const float weight = rows.weight[local], gate = rows.scale[0][local], up = rows.scale[1][local];
-        const bool pad = rows.slot[local] < 0;  // its da is garbage, and garbage times 0 may be NaN
         const auto pair = [&](int i) {
             const char* at = rows.panels[0] + (start ^ i / 2 << 4) + i % 2 * 8 + r * 8 * 128;
             const int w = 2 * i + r;
             float sum;
             backward_pair(pair_of_e4m3(*reinterpret_cast<const u16*>(at), gate),
-                          pair_of_e4m3(*reinterpret_cast<const u16*>(at + PANEL_BYTES), up), pad ? 0 : da[w], weight,
+                          pair_of_e4m3(*reinterpret_cast<const u16*>(at + PANEL_BYTES), up), da[w], weight,
                           dg[w], du[w], aw[w], sum);
             return sum;
         };
@@ -212,6 +212,17 @@ DEVICE void store(const float (&sum)[HALVES][REGISTERS], char* memory, const Des
         if (column >= p.n) break;
         copy_async_wait<0>();
         __syncwarp();
+        // The da of a padding row is garbage, and garbage times 0 may be NaN.
+        const u32 padding = __ballot_sync(kFullWarp, rows.slot[lane % 16] < 0);
+        if (padding) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                if (padding >> (lane / 4 + 8 * r) & 1) {
+#pragma unroll
+                    for (int i = r; i < 32; i += 2) da[i] = 0;
+                }
+            }
+        }
         Pairs dg, du, aw;
         float dprob[2];
         backward(da, rows, dg, du, aw, dprob);
@@ -233,7 +244,6 @@ DEVICE void store(const float (&sum)[HALVES][REGISTERS], char* memory, const Des
         u8* dh = d.dh + first_row * (2 * p.n) + column;
         copy_panel(rows.panels[0], dh, 2 * p.n, 16);
         copy_panel(rows.panels[1], dh + p.n, 2 * p.n, 16);
-        const u32 padding = __ballot_sync(kFullWarp, rows.slot[lane % 16] < 0);
         __syncwarp();  // the panels have been copied
         if (half == 0 && column + 128 < p.n) load_h(rows, d, p, column + 128, first_row, padding);
 
