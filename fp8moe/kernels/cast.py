@@ -12,6 +12,7 @@ from fp8moe.kernels.fp8tensor import (
     BLOCK,
     FP8_DTYPE,
     ceil_div,
+    empty_per_channel,
     empty_scale,
     padded_capacity,
     scale_ld,
@@ -24,11 +25,7 @@ Four = tuple[Tensor, Tensor, Tensor, Tensor]
 INPUTS = {torch.bfloat16: "Bf16", torch.float16: "F16", torch.float32: "F32"}
 """The dtypes that can be cast, and their names in the kernels."""
 
-_SOURCES = {
-    "cast_per_token": "cast.cuh",
-    "cast_per_block": "cast.cuh",
-    "cast_per_block_both": "cast.cuh",
-}
+_ENTRIES = ("cast_per_token", "cast_per_block", "cast_per_block_both")
 _THREADS = 256
 
 
@@ -37,7 +34,7 @@ def _constants(dtype: torch.dtype, pow2: bool, aligned: bool) -> tuple[tuple[str
 
 
 def _spec(entry: str, dtype: torch.dtype, pow2: bool, aligned: bool) -> jit.KernelSpec:
-    return jit.KernelSpec(_SOURCES[entry], entry, _constants(dtype, pow2, aligned))
+    return jit.KernelSpec("cast.cuh", entry, _constants(dtype, pow2, aligned))
 
 
 def _channel_spec(dtype: torch.dtype, pow2: bool, aligned: bool, block: bool) -> jit.KernelSpec:
@@ -72,7 +69,7 @@ def kernel_specs() -> list[jit.KernelSpec]:
     # not compile one source twice at the same time.
     specs = [
         _spec(entry, dtype, pow2, aligned)
-        for entry in _SOURCES
+        for entry in _ENTRIES
         for dtype in INPUTS
         for pow2 in (True, False)
         for aligned in (True, False)
@@ -104,12 +101,7 @@ def _per_block_outputs(e: int, n: int, k: int, device: torch.device) -> Pair:
 
 def _per_channel_outputs(x: Tensor, group_ends: Tensor, block: bool) -> Pair:
     r, n = x.shape
-    capacity = padded_capacity(r, group_ends.shape[0])
-    data = torch.empty((n, capacity), dtype=FP8_DTYPE, device=x.device)
-    if block:
-        shape = (ceil_div(n, BLOCK), capacity // BLOCK)
-        return data, torch.empty(shape, dtype=torch.float32, device=x.device)
-    return data, empty_scale(n, capacity // BLOCK, x.device)
+    return empty_per_channel(n, padded_capacity(r, group_ends.shape[0]), x.device, block)
 
 
 def _aligned(t: Tensor, elements: int) -> bool:

@@ -59,6 +59,17 @@ def empty_scale(m: int, kb: int, device: torch.device | str | None = None) -> to
     return scale if m == ld else scale[:m]
 
 
+def empty_per_channel(
+    n: int, capacity: int, device: torch.device | None, block: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised data (n, capacity) and its scale: per_channel, or of 128 x 128 blocks."""
+    data_t = torch.empty((n, capacity), dtype=FP8_DTYPE, device=device)
+    if block:
+        shape = (ceil_div(n, BLOCK), capacity // BLOCK)
+        return data_t, torch.empty(shape, dtype=torch.float32, device=device)
+    return data_t, empty_scale(n, capacity // BLOCK, device)
+
+
 def padded_capacity(rows: int, num_groups: int) -> int:
     """max(128, floor((rows + 127 * num_groups) / 128) * 128): rows that always hold every group.
 

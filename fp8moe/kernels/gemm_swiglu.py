@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
+from typing import Any
 
 import torch
 
@@ -57,18 +58,9 @@ def _walk(m: int, n: int, k: int, groups: int, sms: int) -> tuple[int, int]:
     return heuristics.band(p, TILE, sms), min(sms, heuristics.max_tiles(p, TILE))
 
 
-def _cuda(
-    a: torch.Tensor,
-    a_scale: torch.Tensor,
-    b: torch.Tensor,
-    b_scale: torch.Tensor,
-    group_ends: torch.Tensor,
-    topk_weights: torch.Tensor,
-    slot_of_row: torch.Tensor,
-    pow2: bool,
-) -> Four:
-    out = _fake(a, a_scale, b, b_scale, group_ends, topk_weights, slot_of_row, pow2)
-    _launch(a, a_scale, b, b_scale, group_ends, topk_weights, slot_of_row, pow2, out)
+def _cuda(*args: Any) -> Four:
+    out = _fake(*args)
+    _launch(*args, out)  # type: ignore[call-arg]  # mypy takes args to be no shorter than all
     return out
 
 
@@ -126,16 +118,7 @@ def _launch(
     )
 
 
-def _fake(
-    a: torch.Tensor,
-    a_scale: torch.Tensor,
-    b: torch.Tensor,
-    b_scale: torch.Tensor,
-    group_ends: torch.Tensor,
-    topk_weights: torch.Tensor,
-    slot_of_row: torch.Tensor,
-    pow2: bool,
-) -> Four:
+def _fake(a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, *_: Any) -> Four:
     rows, n = a.shape[0], b.shape[1]
     return (
         a.new_empty((rows, n // 2), dtype=FP8_DTYPE),

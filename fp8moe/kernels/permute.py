@@ -20,7 +20,7 @@ from fp8moe.kernels.arguments import (
     check_slot_of_row,
     check_tensor,
 )
-from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, ceil_div, empty_scale
+from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, ceil_div, empty_per_channel, empty_scale
 from fp8moe.kernels.gather import gather_slots, gather_sum
 from fp8moe.kernels.routing import route
 
@@ -189,12 +189,7 @@ def rows_like(x: torch.Tensor, slot_of_row: torch.Tensor) -> Pair:
 
 def channel_like(x: torch.Tensor, slot_of_row: torch.Tensor, block: bool) -> Pair:
     """Uninitialised FP8 data of the same rows, transposed, and its scale: per_channel or blocks."""
-    capacity, columns = slot_of_row.shape[0], x.shape[1]
-    data_t = x.new_empty((columns, capacity), dtype=FP8_DTYPE)
-    if block:
-        shape = (ceil_div(columns, BLOCK), capacity // BLOCK)
-        return data_t, x.new_empty(shape, dtype=torch.float32)
-    return data_t, empty_scale(columns, capacity // BLOCK, x.device)
+    return empty_per_channel(x.shape[1], slot_of_row.shape[0], x.device, block)
 
 
 def scale_pitch(scale_t: torch.Tensor, block: bool) -> int:

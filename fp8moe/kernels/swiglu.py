@@ -14,7 +14,7 @@ from fp8moe.kernels.arguments import (
     check_slot_of_row,
     check_tensor,
 )
-from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, ceil_div, empty_scale
+from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, ceil_div, empty_per_channel, empty_scale
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -223,10 +223,8 @@ def _backward_fake(
     return (
         h.new_empty((capacity, 2 * columns), dtype=FP8_DTYPE),
         empty_scale(capacity, ceil_div(2 * columns, BLOCK), device),
-        h.new_empty((2 * columns, capacity), dtype=FP8_DTYPE),
-        empty_scale(2 * columns, capacity // BLOCK, device),
-        h.new_empty((columns, capacity), dtype=FP8_DTYPE),
-        h.new_empty((blocks, capacity // BLOCK), dtype=torch.float32),
+        *empty_per_channel(2 * columns, capacity, device),
+        *empty_per_channel(columns, capacity, device, block=True),
         h.new_empty((blocks, capacity), dtype=torch.float32),
     )
 

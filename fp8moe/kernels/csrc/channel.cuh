@@ -72,14 +72,19 @@ struct alignas(16) Scales {
   int quiet;                       // rows that are not padding have a factor of 0
 };
 
+// One warp: the bits of each lane's four scales, and of the largest of all.
+__device__ __forceinline__ u32 largest_scale(const float (&row_scale)[4], u32 (&bits)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) bits[i] = __float_as_uint(row_scale[i]);
+  return __reduce_max_sync(
+      kFullWarp, max_u32(max_u32(bits[0], bits[1]), max_u32(bits[2], bits[3])));
+}
+
 // One warp: what packed f16 needs, from the scales of each lane's four rows 4 * lane + i.
 __device__ __forceinline__ void prepare_factors(Scales& s, const float (&row_scale)[4]) {
   int lane = threadIdx.x & 31;
   u32 bits[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) bits[i] = __float_as_uint(row_scale[i]);
-  u32 largest = __reduce_max_sync(
-      kFullWarp, max_u32(max_u32(bits[0], bits[1]), max_u32(bits[2], bits[3])));
+  u32 largest = largest_scale(row_scale, bits);
   u32 mantissas = (bits[0] | bits[1] | bits[2] | bits[3]) & 0x007FFFFFu;
   bool fits = mantissas == 0 && largest >= kMinLargest && largest <= kMaxLargest;
   float down = __uint_as_float((254u << 23) - largest);   // 1 / largest

@@ -39,10 +39,7 @@ __device__ __forceinline__ BlockScale scale_of_rows(u32 largest) {
 __device__ __forceinline__ void prepare_factors(BlockRows& s, const float (&row_scale)[4]) {
   int lane = threadIdx.x & 31;
   u32 bits[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) bits[i] = __float_as_uint(row_scale[i]);
-  u32 largest = __reduce_max_sync(
-      kFullWarp, max_u32(max_u32(bits[0], bits[1]), max_u32(bits[2], bits[3])));
+  u32 largest = largest_scale(row_scale, bits);
   BlockScale block = scale_of_rows(largest);
   bool packed = false;
   if (kPow2) {

@@ -13,12 +13,8 @@ typedef void* Destination;
 
 constexpr int ELEMENT = OUTPUT == OUTPUT_BF16 ? 2 : 4;  // bytes
 constexpr int PANEL_COLUMNS = 128 / ELEMENT;
-constexpr int PANEL_BYTES = 16 * 128;
 constexpr int STAGING_BYTES = (ASYNC_STORE ? 2 : 1) * PANEL_BYTES;  // a consumer warp's
 static_assert(ASYNC_STORE || OUTPUT == OUTPUT_BF16, "tiles with FP32 outputs are wide enough for TMA");
-
-// Where 16-byte chunk c of row r lies in a panel: the 128-byte swizzle of TMA.
-DEVICE int swizzle(int r, int c) { return r * 128 + ((c ^ (r % 8)) << 4); }
 
 // WIDTH columns of the accumulator, starting at `sum`, into a panel.
 template <int WIDTH>

@@ -14,8 +14,7 @@
 #include "scheduler.cuh"
 
 constexpr bool kPow2 = POW2;
-constexpr int PANEL_BYTES = 16 * 128;           // 16 rows x 128 columns of E4M3
-constexpr int STAGING_BYTES = 2 * PANEL_BYTES;  // a consumer warp's
+constexpr int STAGING_BYTES = 2 * PANEL_BYTES;  // a consumer warp's; a panel's row is 128 columns of E4M3
 static_assert(GROUPING == M_GROUPED && BLOCK_M == 128 && BLOCK_N == 256, "halves of 128 columns: gate and up");
 
 struct Destination {
@@ -27,9 +26,6 @@ struct Destination {
     const int* slot_of_row;  // negative: padding, zeros are written for it
     int scale_stride;
 };
-
-// Where 16-byte chunk c of row r lies in a panel: free of bank conflicts down a column of chunks and along a row.
-DEVICE int swizzle(int r, int c) { return r * 128 + ((c ^ (r % 8)) << 4); }
 
 // A thread's bf16 pairs of one half: words 2 i and 2 i + 1 are columns 8 i + 2 (lane % 4) + {0, 1} of its two rows.
 typedef u32 Pairs[32];

@@ -11,6 +11,11 @@ enum { DENSE = 0, M_GROUPED = 1, MASKED = 2, K_GROUPED = 3 };
 // What becomes of a tile. OUTPUT_SWIGLU: B[g] is [gate | up], and a tile has BLOCK_N / 2 columns of each.
 enum { OUTPUT_BF16 = 0, OUTPUT_F32 = 1, OUTPUT_ADD = 2, OUTPUT_SWIGLU = 3 };
 
+// What an epilogue stages at a time: 16 rows x 128 bytes. swizzle: where 16-byte chunk c of row r lies in it, the 128-byte
+// swizzle of TMA, free of bank conflicts down a column of chunks and along a row.
+constexpr int PANEL_BYTES = 16 * 128;
+DEVICE int swizzle(int r, int c) { return r * 128 + ((c ^ (r % 8)) << 4); }
+
 DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 struct Problem {

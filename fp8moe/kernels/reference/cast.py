@@ -12,6 +12,7 @@ from fp8moe.kernels.fp8tensor import (
     FP8_MAX,
     FP8_NAN_BYTE,
     ceil_div,
+    empty_per_channel,
     empty_scale,
     padded_capacity,
 )
@@ -76,11 +77,15 @@ def quantize_blocks(
     """
     x = x.float()
     scale, inv = scales_of(x.abs().amax(dim=dims, keepdim=True), pow2)
+    return encode(x, inv, torch.isnan(scale)), scale.squeeze(dims)
+
+
+def encode(x: torch.Tensor, inv: torch.Tensor, bad: torch.Tensor) -> torch.Tensor:
+    """e4m3(clamp(x * inv, +-448)), and NaN where `bad`; x float32, the others broadcast."""
     data = (x * inv).clamp_(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
-    bad = torch.isnan(scale)
     if bad.any():
         as_bytes(data).masked_fill_(bad, FP8_NAN_BYTE)
-    return data, scale.squeeze(dims)
+    return data
 
 
 def pad_to_blocks(x: torch.Tensor, *dims: int) -> torch.Tensor:
@@ -106,17 +111,6 @@ def empty_per_token(
     """Uninitialised data (m, k) and per_token scale."""
     data = torch.empty((m, k), dtype=FP8_DTYPE, device=device)
     return data, empty_scale(m, ceil_div(k, BLOCK), device)
-
-
-def empty_per_channel(
-    n: int, capacity: int, device: torch.device | None, block: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uninitialised data (n, capacity) and its scale: per_channel, or of 128 x 128 blocks."""
-    data_t = torch.empty((n, capacity), dtype=FP8_DTYPE, device=device)
-    if block:
-        shape = (ceil_div(n, BLOCK), capacity // BLOCK)
-        return data_t, torch.empty(shape, dtype=torch.float32, device=device)
-    return data_t, empty_scale(n, capacity // BLOCK, device)
 
 
 def write_per_token(

@@ -9,15 +9,14 @@ from fp8moe.kernels.fp8tensor import (
     BLOCK,
     FLOOR_SCALE_POW2,
     FP8_DTYPE,
-    FP8_MAX,
-    FP8_NAN_BYTE,
+    empty_per_channel,
     padded_capacity,
 )
 from fp8moe.kernels.reference.cast import (
     as_bytes,
     cast_per_token,
     cast_rows_per_channel,
-    empty_per_channel,
+    encode,
     row_chunks,
     scales_of_rows,
 )
@@ -145,9 +144,8 @@ def _cast_rows_with_scales(
     for at in row_chunks(r, h):
         blocks = slice(at.start // BLOCK, at.stop // BLOCK)
         v = rows[at].view(blocks.stop - blocks.start, BLOCK, h // BLOCK, BLOCK)
-        q = (v * inv[blocks, None, :, None]).clamp_(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
         bad = v.isnan() | scale[blocks, None, :, None].isnan()
-        as_bytes(q).masked_fill_(bad, FP8_NAN_BYTE)
+        q = encode(v, inv[blocks, None, :, None], bad)
         as_bytes(data_t)[:, at] = as_bytes(q).view(at.stop - at.start, h).t()
     return data_t, scale_t
 

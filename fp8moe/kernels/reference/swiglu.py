@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, ceil_div
+from fp8moe.kernels.fp8tensor import BLOCK, ceil_div, empty_per_channel
 from fp8moe.kernels.reference.cast import (
-    as_bytes,
-    cast_per_block,
-    empty_per_channel,
     empty_per_token,
     pad_to_blocks,
     row_chunks,
@@ -124,8 +121,7 @@ def swiglu_backward_cast(
     capacity, i = da.shape
     dh = empty_per_token(capacity, 2 * i, h.device)
     dh_t = empty_per_channel(2 * i, capacity, h.device)
-    aw_t = torch.empty((i, capacity), dtype=FP8_DTYPE, device=h.device)
-    aw_t_scale = torch.empty((ceil_div(i, BLOCK), capacity // BLOCK), device=h.device)
+    aw_t = empty_per_channel(i, capacity, h.device, block=True)
     dprob_partial = torch.empty((ceil_div(i, BLOCK), capacity), device=h.device)
     for at in row_chunks(used_rows(slot_of_row), 2 * i):
         rows = h[at] if h_scale is None else dequantize_per_token(h[at], h_scale[at])
@@ -134,7 +130,5 @@ def swiglu_backward_cast(
         )
         write_per_token(dh_rows, pow2, dh, at)
         write_per_channel(dh_rows, pow2, dh_t, at)
-        data, scale = cast_per_block(aw_rows.t().unsqueeze(0), pow2)
-        as_bytes(aw_t)[:, at] = as_bytes(data)[0]
-        aw_t_scale[:, at.start // BLOCK : at.stop // BLOCK] = scale[0]
-    return *dh, *dh_t, aw_t, aw_t_scale, dprob_partial
+        write_per_channel(aw_rows, pow2, aw_t, at, block=True)
+    return *dh, *dh_t, *aw_t, dprob_partial
