@@ -14,10 +14,12 @@ from fp8moe.kernels import cast, jit, launch, permute, reference, registry
 from fp8moe.kernels.arguments import (
     check_aligned,
     check_multiple,
+    check_rows,
+    check_scales,
     check_slot_of_row,
     check_tensor,
 )
-from fp8moe.kernels.fp8tensor import BLOCK, ceil_div
+from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, ceil_div
 from fp8moe.kernels.permute import Four, Pair
 
 THREADS = 256
@@ -54,13 +56,26 @@ def kernel_specs() -> list[jit.KernelSpec]:
 def _rows_cuda(
     x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor, pow2: bool
 ) -> Pair:
-    if x.dtype != torch.bfloat16:
-        x8 = cast._cast_per_token_cuda(x, pow2)
-        return permute._permute_fp8_cuda(*x8, row_of_slot, slot_of_row)
     data, scale = permute.rows_like(x, slot_of_row)
+    _into_cuda(x, row_of_slot, slot_of_row, pow2, data, scale)
+    return data, scale
+
+
+def _into_cuda(
+    x: torch.Tensor,
+    row_of_slot: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    pow2: bool,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+) -> None:
     tokens, columns = x.shape
     if x.numel() == 0:
-        return data, scale
+        return
+    if x.dtype != torch.bfloat16:
+        x8, x_scale = cast._cast_per_token_cuda(x, pow2)
+        permute.launch_permute(x8, data, x_scale, scale, row_of_slot, slot_of_row)
+        return
     check_aligned(x=x)
     warps = THREADS // 32
     _rows_kernel(pow2)(
@@ -73,17 +88,27 @@ def _rows_cuda(
             row_of_slot.shape[1],
             columns,
             data,
-            scale,
-            scale.stride(1),
+            permute.pitch(data),
+            *permute.steps(scale),
         ),
     )
-    return data, scale
 
 
 def _rows_fake(
     x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor, pow2: bool
 ) -> Pair:
     return permute.rows_like(x, slot_of_row)
+
+
+def _into_fake(
+    x: torch.Tensor,
+    row_of_slot: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    pow2: bool,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+) -> None:
+    pass
 
 
 def _launch_channel(
@@ -157,6 +182,13 @@ _cast_permute = registry.define_op(
     cuda=_rows_cuda,
     fake=_rows_fake,
 )
+_cast_permute_into = registry.define_op(
+    "cast_permute_into(Tensor x, Tensor row_of_slot, Tensor slot_of_row, bool pow2,"
+    " Tensor(a!) data, Tensor(b!) scale) -> ()",
+    cpu=reference.cast_permute_into,
+    cuda=_into_cuda,
+    fake=_into_fake,
+)
 _cast_permute_to_channel = registry.define_op(
     "cast_permute_to_channel(Tensor x, Tensor slot_of_row, int topk, bool pow2, bool block)"
     " -> (Tensor, Tensor)",
@@ -197,6 +229,34 @@ def cast_permute(
     _check(x, slot_of_row)
     check_tensor("row_of_slot", row_of_slot, (x.shape[0], None), (torch.int32,), x.device)
     return _cast_permute(x, row_of_slot, slot_of_row, pow2)
+
+
+def cast_permute_into(
+    x: torch.Tensor,
+    row_of_slot: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    pow2: bool,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+) -> None:
+    """cast_permute that writes to data and scale, which may be parts of the rows of a message.
+
+    Args:
+        x, row_of_slot, slot_of_row, pow2: as for `cast_permute`.
+        data: (Rcap, H) float8_e4m3fn, rows contiguous.
+        scale: (Rcap, H/128) float32, with any strides.
+
+    Raises: ValueError: wrong shape, dtype, device or stride.
+    """
+    _check(x, slot_of_row)
+    check_tensor("row_of_slot", row_of_slot, (x.shape[0], None), (torch.int32,), x.device)
+    check_rows("data", data, (FP8_DTYPE,))
+    if data.shape != (slot_of_row.shape[0], x.shape[1]):
+        raise ValueError(
+            f"data: expected shape ({slot_of_row.shape[0]}, {x.shape[1]}), got {tuple(data.shape)}"
+        )
+    check_scales("scale", scale, data)
+    _cast_permute_into(x, row_of_slot, slot_of_row, pow2, data, scale)
 
 
 def cast_permute_to_channel(

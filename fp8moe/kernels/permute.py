@@ -16,7 +16,8 @@ from fp8moe.kernels import gather, jit, launch, reference, registry, routing
 from fp8moe.kernels.arguments import (
     check_aligned,
     check_multiple,
-    check_scale,
+    check_rows,
+    check_scales,
     check_slot_of_row,
     check_tensor,
 )
@@ -56,9 +57,9 @@ def _check_maps(x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.T
 
 
 def _check_fp8(data: torch.Tensor, scale: torch.Tensor) -> None:
-    check_tensor("data", data, (None, None), (FP8_DTYPE,))
+    check_rows("data", data, (FP8_DTYPE,))
     check_multiple("data: H", data.shape[1], BLOCK)
-    check_scale("scale", scale, data)
+    check_scales("scale", scale, data)
 
 
 # ---- kernels -----------------------------------------------------------------------------------
@@ -112,7 +113,17 @@ def kernel_specs() -> list[jit.KernelSpec]:
     return specs
 
 
-def _launch_permute(
+def pitch(rows: torch.Tensor) -> int:
+    """Bytes from one row to the next."""
+    return rows.stride(0) * rows.element_size()
+
+
+def steps(scale: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
+    """What kernels are told of scales that need not be MN-major."""
+    return (None, 0, 0) if scale is None else (scale, scale.stride(0), scale.stride(1))
+
+
+def launch_permute(
     source: torch.Tensor,
     out: torch.Tensor,
     scale: torch.Tensor | None,
@@ -133,7 +144,9 @@ def _launch_permute(
         THREADS,
         (
             source,
+            pitch(source),
             out,
+            pitch(out),
             row_of_slot,
             slot_of_row,
             tokens,
@@ -142,10 +155,8 @@ def _launch_permute(
             row_blocks,
             multiplier,
             shift,
-            scale,
-            scale.stride(1) if scale is not None else 0,
-            scale_out,
-            scale_out.stride(1) if scale_out is not None else 0,
+            *steps(scale),
+            *steps(scale_out),
         ),
     )
 
@@ -154,7 +165,7 @@ def _permute_rows_cuda(
     x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor
 ) -> torch.Tensor:
     out = _permute_rows_fake(x, row_of_slot, slot_of_row)
-    _launch_permute(x, out, None, None, row_of_slot, slot_of_row)
+    launch_permute(x, out, None, None, row_of_slot, slot_of_row)
     return out
 
 
@@ -168,7 +179,7 @@ def _permute_fp8_cuda(
     data: torch.Tensor, scale: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor
 ) -> Pair:
     out, scale_out = _permute_fp8_fake(data, scale, row_of_slot, slot_of_row)
-    _launch_permute(data, out, scale, scale_out, row_of_slot, slot_of_row)
+    launch_permute(data, out, scale, scale_out, row_of_slot, slot_of_row)
     return out, scale_out
 
 
@@ -220,8 +231,8 @@ def _launch_to_channel(
         THREADS,
         (
             data,
-            scale,
-            scale.stride(1),
+            pitch(data),
+            *steps(scale),
             slot_of_row,
             multiplier,
             shift,
@@ -313,7 +324,7 @@ def permute_rows(
     """out[row_of_slot[t, k]] = x[t]; zero in padding, undefined past the last group.
 
     Args:
-        x: (T, H) bfloat16, contiguous, H a multiple of 8.
+        x: (T, H) bfloat16, rows contiguous, H a multiple of 8.
         row_of_slot: (T, K) int32 from `route`.
         slot_of_row: (Rcap,) int32 from `route`.
 
@@ -321,7 +332,7 @@ def permute_rows(
 
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
-    check_tensor("x", x, (None, None), (torch.bfloat16,))
+    check_rows("x", x, (torch.bfloat16,))
     check_multiple("x: H", x.shape[1], 8)
     _check_maps(x, row_of_slot, slot_of_row)
     return _permute_rows(x, row_of_slot, slot_of_row)
@@ -333,8 +344,8 @@ def permute_fp8(
     """data_out[row_of_slot[t, k]] = data[t], scale likewise: bytes move, nothing is rounded.
 
     Args:
-        data: (T, H) float8_e4m3fn, contiguous, H a multiple of 128.
-        scale: (T, H/128) float32, per_token, MN-major.
+        data: (T, H) float8_e4m3fn, rows contiguous, H a multiple of 128.
+        scale: (T, H/128) float32, per_token, with any strides.
         row_of_slot: (T, K) int32 from `route`.
         slot_of_row: (Rcap,) int32 from `route`.
 
@@ -365,8 +376,8 @@ def permute_fp8_to_channel(
     from. Values are multiplied out in FP32 and then by 448 / (448 * scale_t).
 
     Args:
-        data: (T, H) float8_e4m3fn, contiguous, H a multiple of 128.
-        scale: (T, H/128) float32, per_token, MN-major.
+        data: (T, H) float8_e4m3fn, rows contiguous, H a multiple of 128.
+        scale: (T, H/128) float32, per_token, with any strides.
         slot_of_row: (Rcap,) int32 from `route`.
         topk: K, slots per token.
         pow2: round the new scales up to powers of two.

@@ -35,6 +35,13 @@ def kernel_specs() -> list[jit.KernelSpec]:
     return [_spec(entry, bits) for entry in ("route_count", "route_place") for bits in (32, 64)]
 
 
+def slices(slots: int) -> tuple[int, int]:
+    """(CTAs, slots of each of their warps) of the kernels that walk over slots in order."""
+    wanted = min(MAX_CTAS, max(1, ceil_div(slots, SLOTS_PER_CTA)))
+    slots_per_warp = max(1, ceil_div(slots, wanted * WARPS * 32)) * 32
+    return max(1, ceil_div(slots, slots_per_warp * WARPS)), slots_per_warp
+
+
 def _route_cuda(topk_ids: torch.Tensor, num_experts: int) -> Four:
     slots = topk_ids.numel()
     device = topk_ids.device
@@ -44,9 +51,7 @@ def _route_cuda(topk_ids: torch.Tensor, num_experts: int) -> Four:
     group_ends = torch.empty(num_experts, dtype=torch.int32, device=device)
     counts = torch.empty(num_experts, dtype=torch.int32, device=device)
 
-    wanted = min(MAX_CTAS, max(1, ceil_div(slots, SLOTS_PER_CTA)))
-    slots_per_warp = max(1, ceil_div(slots, wanted * WARPS * 32)) * 32
-    ctas = max(1, ceil_div(slots, slots_per_warp * WARPS))
+    ctas, slots_per_warp = slices(slots)
     partial = torch.empty(ctas * num_experts, dtype=torch.int32, device=device)
     first_bad = torch.empty(ctas, dtype=torch.int32, device=device)
 

@@ -1,29 +1,12 @@
-// The routing map, in two launches and without a sort, an ordering atomic or the host.
+// The routing map, in two launches and without the host (see slots.cuh). The row of a slot is the
+// position that a stable sort by expert would give, with every expert's rows padded to 128.
 //
-// Slot i = t * K + k is one choice of one token. CTA c owns a contiguous slice of slots, each of its
-// warps a contiguous part of it, and each warp walks its part in order. The row of a slot is
-//   start of its expert + slots of that expert in earlier CTAs, in earlier warps, earlier in the warp
-// which is the position a stable sort by expert would give, whatever the timing.
-//
-// Built for ID_BITS = 32 | 64. Expert num_experts drops the slot; any other id out of range is dropped
-// and reported.
-#include "numerics.cuh"
+// Expert num_experts drops the slot; any other id out of range is dropped and reported.
+#include "slots.cuh"
 
-#if ID_BITS == 64
-typedef i64 Id;
-#else
-typedef int Id;
-#endif
-
-static constexpr int kThreads = 256;
-static constexpr int kWarps = kThreads / 32;
 static constexpr int kMaxExperts = 1024;
 static constexpr int kExpertsPerThread = kMaxExperts / kThreads;
-static constexpr int kBatch = 4;   // ids loaded ahead by a lane
 static constexpr int kPad = -1;
-static constexpr int kUnused = -2;
-static constexpr int kDropped = -1;
-static constexpr u32 kFullWarp = 0xFFFFFFFFu;
 
 // The expert of a slot, num_experts if it is dropped. `bad` when the id is not even that.
 __device__ __forceinline__ int expert_of(Id id, int num_experts, bool& bad) {
@@ -38,26 +21,14 @@ template <class Visit>
 __device__ __forceinline__ void walk(const Id* ids, int num_slots, int slots_per_warp,
                                      int num_experts, int& first_bad, Visit visit) {
   int lane = threadIdx.x & 31;
-  i64 begin = ((i64)blockIdx.x * kWarps + threadIdx.x / 32) * slots_per_warp;
-  i64 end = min(begin + slots_per_warp, (i64)num_slots);
-  for (i64 base = begin; base < end; base += 32 * kBatch) {
-    Id id[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      i64 slot = base + 32 * j + lane;
-      id[j] = slot < end ? ids[slot] : (Id)num_experts;
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      i64 slot = base + 32 * j + lane;
-      bool bad;
-      int expert = expert_of(id[j], num_experts, bad);
-      if (bad) first_bad = min(first_bad, (int)slot);
-      u32 peers = __match_any_sync(kFullWarp, expert);
-      bool leader = (peers >> lane) == 1;
-      visit((int)slot, expert, peers, leader, slot < end);
-    }
-  }
+  walk_slots(ids, num_slots, slots_per_warp, num_experts, [&](int slot, Id id, bool inside) {
+    bool bad;
+    int expert = expert_of(id, num_experts, bad);
+    if (bad) first_bad = min(first_bad, slot);
+    u32 peers = __match_any_sync(kFullWarp, expert);
+    bool leader = (peers >> lane) == 1;
+    visit(slot, expert, peers, leader, inside);
+  });
 }
 
 // Counts per warp: each cell of count[warp] is only touched by the leader lanes of that warp.
@@ -113,27 +84,6 @@ __device__ __forceinline__ void report_bad_ids(const Id* ids, const int* first_b
   }
 }
 
-// Exclusive scan of one value per thread over the CTA; `total` gets the sum.
-__device__ __forceinline__ int scan_threads(int value, int* warp_sums, int& total) {
-  int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-  int inclusive = value;
-#pragma unroll
-  for (int d = 1; d < 32; d <<= 1) {
-    int other = __shfl_up_sync(kFullWarp, inclusive, d);
-    if (lane >= d) inclusive += other;
-  }
-  if (lane == 31) warp_sums[warp] = inclusive;
-  __syncthreads();
-  int before = 0;
-  total = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) before += warp_sums[w];
-    total += warp_sums[w];
-  }
-  return before + inclusive - value;
-}
-
 extern "C" __global__ void __launch_bounds__(kThreads)
     route_place(const Id* __restrict__ ids, int num_slots, int num_experts, int slots_per_warp,
                 const int* __restrict__ partial, const int* __restrict__ first_bad, int capacity,
@@ -152,22 +102,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  // Sum the CTAs' counts: each thread takes one expert and every parts-th CTA. Integer sums, so the
-  // order of the additions does not matter.
-  int width = 1;
-  while (width < num_experts && width < kThreads) width <<= 1;
-  int parts = kThreads / width;
-  for (int e = threadIdx.x & (width - 1); e < num_experts; e += width) {
-    int sum = 0, before = 0;
-#pragma unroll 8
-    for (int c = threadIdx.x / width; c < (int)gridDim.x; c += parts) {
-      int n = partial[(i64)c * num_experts + e];
-      sum += n;
-      if (c < (int)blockIdx.x) before += n;
-    }
-    atomicAdd(&total[e], sum);
-    atomicAdd(&earlier[e], before);
-  }
+  sum_ctas(partial, num_experts, total, earlier);
   int ignored = 0x7FFFFFFF;
   count_slots(ids, num_slots, slots_per_warp, num_experts, next_row[warp], ignored);
   __syncthreads();
@@ -208,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
        [&](int slot, int expert, u32 peers, bool leader, bool inside) {
          bool kept = expert < num_experts;
          int row = kDropped;
-         if (kept) row = next[expert] + __popc(peers & ((1u << lane) - 1));
+         if (kept) row = next[expert] + __popc(peers & lanes_before());
          __syncwarp();
          if (kept && leader) next[expert] = row + 1;
          __syncwarp();

@@ -190,6 +190,21 @@ def cast_permute(
     return permute_fp8(*cast_per_token(x, pow2), row_of_slot, slot_of_row)
 
 
+def cast_permute_into(
+    x: torch.Tensor,
+    row_of_slot: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    pow2: bool,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+) -> None:
+    """data, scale = cast_permute(...), but for the padding and what lies past the last group."""
+    rows, row_scale = cast_permute(x, row_of_slot, slot_of_row, pow2)
+    real = (slot_of_row >= 0).nonzero().flatten()
+    as_bytes(data)[real] = as_bytes(rows)[real]
+    scale[real] = row_scale[real]
+
+
 def cast_permute_to_channel(
     x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow2: bool, block: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
