@@ -52,8 +52,9 @@ __device__ __forceinline__ void count_slots(const Id* ids, int num_slots, int sl
        });
 }
 
-// partial[cta] = [rows of each rank, slots of each rank, wrong ids] of the CTA's slice.
-extern "C" __global__ void __launch_bounds__(kThreads)
+// partial[cta] = [rows of each rank, slots of each rank, wrong ids] of the CTA's slice. Without the
+// occupancy asked for the assembler stops at 32 registers and spills.
+extern "C" __global__ void __launch_bounds__(kThreads, 4)
     dispatch_count(const Id* __restrict__ ids, int num_slots, int slots_per_warp, int topk,
                    int num_experts, int per_rank, int* __restrict__ partial) {
   __shared__ int count[kWarps][2 * kMaxRanks];
@@ -82,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 }
 
 // sizes[rank] = [rows, slots, wrong ids, num_alike values that must be the same on all ranks].
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 4)
     dispatch_place(const Id* __restrict__ ids, int num_slots, int slots_per_warp, int topk,
                    int num_experts, int per_rank, const int* __restrict__ partial, int capacity,
                    int* __restrict__ row_of_slot, int* __restrict__ first_row_of_slot,

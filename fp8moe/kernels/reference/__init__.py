@@ -32,6 +32,7 @@ from fp8moe.kernels.reference.permute import (
     permute_fp8_to_channel,
     permute_rows,
     route,
+    route_kept,
 )
 from fp8moe.kernels.reference.swiglu import (
     swiglu_backward_cast,
@@ -66,6 +67,7 @@ __all__ = [
     "permute_fp8_to_channel",
     "permute_rows",
     "route",
+    "route_kept",
     "swiglu_backward_cast",
     "swiglu_backward_rows",
     "swiglu_cast",

@@ -79,6 +79,18 @@ def route(
     return row_of_slot.view(t, k), slot_of_row, group_ends.int(), counts.int()
 
 
+def route_kept(
+    topk_ids: torch.Tensor, num_experts: int, kept: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`route` with slot_of_row for `kept` slots, and the rows of these in slot order."""
+    row_of_slot, slot_of_row, group_ends, counts = route(topk_ids, num_experts)
+    kept_row = row_of_slot[row_of_slot >= 0]
+    if len(kept_row) != kept:
+        raise ValueError(f"topk_ids: expected {kept} slots that are kept, got {len(kept_row)}")
+    capacity = padded_capacity(kept, num_experts)
+    return row_of_slot, slot_of_row[:capacity], group_ends, counts, kept_row
+
+
 def _take_rows(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int) -> torch.Tensor:
     """out[r] = x[slot_of_row[r] // topk]; zero in padding, undefined past the last group."""
     out = x.new_empty((slot_of_row.numel(), x.shape[1]))

@@ -139,6 +139,12 @@ def test_route(
         routing._route_cuda(ids.to(ids_dtype), experts), expected, strict=True
     ):
         assert_same(actual, wanted)
+    kept_row = expected[0][expected[0] >= 0]
+    *maps, rows = routing._route_kept_cuda(ids.to(ids_dtype), experts, len(kept_row))
+    assert_same(rows, kept_row)
+    expected[1] = expected[1][: len(maps[1])]
+    for actual, wanted in zip(maps, expected, strict=True):
+        assert_same(actual, wanted)
     assert not status.any()
     ids[0, 0] = experts + 1
     routing._route_cuda(ids.to(ids_dtype), experts)
