@@ -14,12 +14,10 @@ from fp8moe.kernels import cast, jit, launch, permute, reference, registry
 from fp8moe.kernels.arguments import (
     check_aligned,
     check_multiple,
-    check_rows,
-    check_scales,
     check_slot_of_row,
     check_tensor,
 )
-from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, ceil_div
+from fp8moe.kernels.fp8tensor import BLOCK, ceil_div
 from fp8moe.kernels.permute import Four, Pair
 
 THREADS = 256
@@ -57,11 +55,11 @@ def _rows_cuda(
     x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor, pow2: bool
 ) -> Pair:
     data, scale = permute.rows_like(x, slot_of_row)
-    _into_cuda(x, row_of_slot, slot_of_row, pow2, data, scale)
+    launch_rows(x, row_of_slot, slot_of_row, pow2, data, scale)
     return data, scale
 
 
-def _into_cuda(
+def launch_rows(
     x: torch.Tensor,
     row_of_slot: torch.Tensor,
     slot_of_row: torch.Tensor,
@@ -98,17 +96,6 @@ def _rows_fake(
     x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor, pow2: bool
 ) -> Pair:
     return permute.rows_like(x, slot_of_row)
-
-
-def _into_fake(
-    x: torch.Tensor,
-    row_of_slot: torch.Tensor,
-    slot_of_row: torch.Tensor,
-    pow2: bool,
-    data: torch.Tensor,
-    scale: torch.Tensor,
-) -> None:
-    pass
 
 
 def _launch_channel(
@@ -182,13 +169,6 @@ _cast_permute = registry.define_op(
     cuda=_rows_cuda,
     fake=_rows_fake,
 )
-_cast_permute_into = registry.define_op(
-    "cast_permute_into(Tensor x, Tensor row_of_slot, Tensor slot_of_row, bool pow2,"
-    " Tensor(a!) data, Tensor(b!) scale) -> ()",
-    cpu=reference.cast_permute_into,
-    cuda=_into_cuda,
-    fake=_into_fake,
-)
 _cast_permute_to_channel = registry.define_op(
     "cast_permute_to_channel(Tensor x, Tensor slot_of_row, int topk, bool pow2, bool block)"
     " -> (Tensor, Tensor)",
@@ -205,7 +185,7 @@ _cast_permute_both = registry.define_op(
 )
 
 
-def _check(x: torch.Tensor, slot_of_row: torch.Tensor) -> None:
+def check(x: torch.Tensor, slot_of_row: torch.Tensor) -> None:
     check_tensor("x", x, (None, None), tuple(cast.INPUTS))
     check_multiple("x: H", x.shape[1], BLOCK)
     check_slot_of_row(slot_of_row, x.device)
@@ -226,37 +206,9 @@ def cast_permute(
 
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
-    _check(x, slot_of_row)
+    check(x, slot_of_row)
     check_tensor("row_of_slot", row_of_slot, (x.shape[0], None), (torch.int32,), x.device)
     return _cast_permute(x, row_of_slot, slot_of_row, pow2)
-
-
-def cast_permute_into(
-    x: torch.Tensor,
-    row_of_slot: torch.Tensor,
-    slot_of_row: torch.Tensor,
-    pow2: bool,
-    data: torch.Tensor,
-    scale: torch.Tensor,
-) -> None:
-    """cast_permute that writes to data and scale, which may be parts of the rows of a message.
-
-    Args:
-        x, row_of_slot, slot_of_row, pow2: as for `cast_permute`.
-        data: (Rcap, H) float8_e4m3fn, rows contiguous.
-        scale: (Rcap, H/128) float32, with any strides.
-
-    Raises: ValueError: wrong shape, dtype, device or stride.
-    """
-    _check(x, slot_of_row)
-    check_tensor("row_of_slot", row_of_slot, (x.shape[0], None), (torch.int32,), x.device)
-    check_rows("data", data, (FP8_DTYPE,))
-    if data.shape != (slot_of_row.shape[0], x.shape[1]):
-        raise ValueError(
-            f"data: expected shape ({slot_of_row.shape[0]}, {x.shape[1]}), got {tuple(data.shape)}"
-        )
-    check_scales("scale", scale, data)
-    _cast_permute_into(x, row_of_slot, slot_of_row, pow2, data, scale)
 
 
 def cast_permute_to_channel(
@@ -277,7 +229,7 @@ def cast_permute_to_channel(
 
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
-    _check(x, slot_of_row)
+    check(x, slot_of_row)
     permute.check_topk(topk)
     return _cast_permute_to_channel(x, slot_of_row, topk, pow2, block)
 
@@ -291,6 +243,6 @@ def cast_permute_both(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow
 
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
-    _check(x, slot_of_row)
+    check(x, slot_of_row)
     permute.check_topk(topk)
     return _cast_permute_both(x, slot_of_row, topk, pow2)

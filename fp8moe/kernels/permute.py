@@ -23,7 +23,7 @@ from fp8moe.kernels.arguments import (
 )
 from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, ceil_div, empty_per_channel, empty_scale
 from fp8moe.kernels.gather import gather_slots, gather_sum
-from fp8moe.kernels.routing import route
+from fp8moe.kernels.routing import route, route_kept
 
 __all__ = [
     "gather_slots",
@@ -34,6 +34,7 @@ __all__ = [
     "permute_fp8_to_channel",
     "permute_rows",
     "route",
+    "route_kept",
 ]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -51,7 +52,7 @@ def check_topk(topk: int) -> None:
         raise ValueError(f"topk: expected at least 1, got {topk}")
 
 
-def _check_maps(x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor) -> None:
+def check_maps(x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor) -> None:
     check_tensor("row_of_slot", row_of_slot, (x.shape[0], None), (torch.int32,), x.device)
     check_slot_of_row(slot_of_row, x.device)
 
@@ -334,7 +335,7 @@ def permute_rows(
     """
     check_rows("x", x, (torch.bfloat16,))
     check_multiple("x: H", x.shape[1], 8)
-    _check_maps(x, row_of_slot, slot_of_row)
+    check_maps(x, row_of_slot, slot_of_row)
     return _permute_rows(x, row_of_slot, slot_of_row)
 
 
@@ -354,7 +355,7 @@ def permute_fp8(
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
     _check_fp8(data, scale)
-    _check_maps(data, row_of_slot, slot_of_row)
+    check_maps(data, row_of_slot, slot_of_row)
     return _permute_fp8(data, scale, row_of_slot, slot_of_row)
 
 

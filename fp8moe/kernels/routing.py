@@ -44,16 +44,19 @@ def slices(slots: int) -> tuple[int, int]:
 
 
 def _route_cuda(topk_ids: torch.Tensor, num_experts: int) -> Four:
-    return _launch(topk_ids, _route_fake(topk_ids, num_experts), None)
+    maps = _route_fake(topk_ids, num_experts)
+    _launch(topk_ids, maps, None)
+    return maps
 
 
 def _route_kept_cuda(topk_ids: torch.Tensor, num_experts: int, kept: int) -> Five:
-    *maps, kept_row = _route_kept_fake(topk_ids, num_experts, kept)
+    maps = _empty_maps(topk_ids, num_experts, kept)
+    kept_row = topk_ids.new_empty((kept,), dtype=torch.int32)
     _launch(topk_ids, maps, kept_row)
     return *maps, kept_row
 
 
-def _launch(topk_ids: torch.Tensor, maps: Four, kept_row: torch.Tensor | None) -> Four:
+def _launch(topk_ids: torch.Tensor, maps: Four, kept_row: torch.Tensor | None) -> None:
     row_of_slot, slot_of_row, group_ends, counts = maps
     slots, num_experts, device = topk_ids.numel(), len(counts), topk_ids.device
     ctas, slots_per_warp = slices(slots)
@@ -84,7 +87,6 @@ def _launch(topk_ids: torch.Tensor, maps: Four, kept_row: torch.Tensor | None) -
             ctypes.c_void_p(status.pointer(device)),
         ),
     )
-    return maps
 
 
 def _route_fake(topk_ids: torch.Tensor, num_experts: int) -> Four:
@@ -97,12 +99,11 @@ def _route_kept_fake(topk_ids: torch.Tensor, num_experts: int, kept: int) -> Fiv
 
 
 def _empty_maps(topk_ids: torch.Tensor, num_experts: int, kept: int) -> Four:
-    options = {"dtype": torch.int32, "device": topk_ids.device}
     return (
-        torch.empty(topk_ids.shape, **options),
-        torch.empty(padded_capacity(kept, num_experts), **options),
-        torch.empty(num_experts, **options),
-        torch.empty(num_experts, **options),
+        topk_ids.new_empty(topk_ids.shape, dtype=torch.int32),
+        topk_ids.new_empty((padded_capacity(kept, num_experts),), dtype=torch.int32),
+        topk_ids.new_empty((num_experts,), dtype=torch.int32),
+        topk_ids.new_empty((num_experts,), dtype=torch.int32),
     )
 
 

@@ -31,6 +31,7 @@ from fp8moe.kernels.reference.permute import (
     permute_fp8_both,
     permute_fp8_to_channel,
     permute_rows,
+    permute_rows_into,
     route,
     route_kept,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "permute_fp8_both",
     "permute_fp8_to_channel",
     "permute_rows",
+    "permute_rows_into",
     "route",
     "route_kept",
     "swiglu_backward_cast",

@@ -111,6 +111,14 @@ def permute_rows(
     return _take_rows(x, slot_of_row, row_of_slot.shape[1])
 
 
+def permute_rows_into(
+    x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor, out: torch.Tensor
+) -> None:
+    """out = permute_rows(x, ...), but for what lies past the last group."""
+    used = used_rows(slot_of_row)
+    out[:used] = permute_rows(x, row_of_slot, slot_of_row)[:used]
+
+
 def _take_fp8_rows(
     data: torch.Tensor, scale: torch.Tensor, slot_of_row: torch.Tensor, topk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -277,9 +277,9 @@ def test_cast_permute(emulated: Start, pow2: bool, spread: int, topk: int, hidde
     expected = reference.cast_permute_both(x, slot_of_row, topk, pow2)
     rows = cast_permute._rows_cuda(x, row_of_slot, slot_of_row, pow2)
     sent = in_packets(*map(torch.zeros_like, rows))
-    cast_permute._into_cuda(x, row_of_slot, slot_of_row, pow2, *sent)
+    cast_permute.launch_rows(x, row_of_slot, slot_of_row, pow2, *sent)
     wide = in_packets(*map(torch.zeros_like, rows))
-    cast_permute._into_cuda(x.float(), row_of_slot, slot_of_row, pow2, *wide)
+    cast_permute.launch_rows(x.float(), row_of_slot, slot_of_row, pow2, *wide)
     for actual in (rows, sent, wide):
         for got, wanted in zip(actual, expected[:2], strict=True):
             assert_same(got[:used][real], wanted[:used][real])
