@@ -31,11 +31,6 @@ class Tokens(NamedTuple):
     data: torch.Tensor
     scale: torch.Tensor | None = None
 
-    @classmethod
-    def saved(cls, data: torch.Tensor, scale: torch.Tensor | None) -> Tokens:
-        """Of two tensors that were saved for backward."""
-        return cls(data, scale)
-
     def fp8(self, pow2: bool) -> FP8Tensor:
         """The tokens in FP8, in token order."""
         if self.scale is None:
