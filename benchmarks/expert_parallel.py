@@ -15,7 +15,7 @@ backward of a layer whose routing is given and whose FP8 weights are cached. Col
     bf16 MB       what that would be in BF16
     combine MB    what it sends in the two combines (y and dx), in BF16
     sizes ms      planning a batch and reading the sizes of its messages on the host
-    fp8 ms        the dispatch of x alone: its cast into the message, the message, its scales
+    fp8 ms        the dispatch of x alone: its cast into the message, and the message
     bf16 ms       the same with x in BF16, which is copied into the message
     combine ms    the combine of y alone, with the copies and the sum over k
     wire GB/s     what a rank sends to others in one large all-to-all without any copies
@@ -54,7 +54,7 @@ from torch.profiler import profile
 import fp8moe
 from benchmarks import harness
 from fp8moe.functional import expert_parallel
-from fp8moe.functional.exchange import Exchange, FP8Message
+from fp8moe.functional.exchange import Exchange, Layout, Message
 from fp8moe.functional.expert_parallel import Dispatched
 from fp8moe.modules import Experts, SharedExperts
 
@@ -173,12 +173,11 @@ class Layer:
 
     def _buffers(self, exchange: Exchange) -> None:
         """What the messages carry, made once: their contents do not matter."""
-        h, k = self.shape.hidden, self.shape.topk
+        h = self.shape.hidden
         with torch.no_grad():
-            self.ids32 = self.ids.int()
             rows = len(exchange.permutation.slot_of_row)
             self.y_rows = torch.zeros(rows, h, dtype=torch.bfloat16, device=self.x.device)
-            self.dp = torch.zeros(sum(exchange.rows.of), k, device=self.x.device)
+            self.dp = torch.zeros(sum(exchange.slots.of), device=self.x.device)
             size = WIRE_BYTES if self.x.is_cuda else WIRE_BYTES >> 12
             self.wire = torch.zeros(2, size, dtype=torch.uint8, device=self.x.device)
 
@@ -199,22 +198,20 @@ class Layer:
         assert self.exchange is not None
         return self.exchange
 
-    def _side(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.weights.detach(), self.ids32
-
     def sizes(self) -> None:
         exchange = self._need()
         args = self.ids, self.experts.num_experts, exchange.group, exchange.combine
         Exchange.plan(*args).settle()
 
     def dispatch_fp8(self) -> None:
-        FP8Message(self._need(), self.x.detach(), True, *self._side()).start().wait()
+        self._dispatch(True)
 
     def dispatch_bf16(self) -> None:
-        exchange = self._need()
-        packed = exchange.pack_bf16(self.x.detach()), exchange.pack_side(*self._side())
-        for pending in [exchange.send(part) for part in packed]:
-            pending.wait()
+        self._dispatch(None)
+
+    def _dispatch(self, pow2: bool | None) -> None:
+        x, weights = self.x.detach(), self.weights.detach()
+        Message(self._need(), x, pow2, self.ids, weights).start().wait()
 
     def combine_bf16(self) -> None:
         self._need().return_rows(self.y_rows).wait()
@@ -237,7 +234,7 @@ class Layer:
         self.sizes()
         self.dispatch_fp8()
         self.combine_bf16()
-        FP8Message(exchange, self.dy, True).start().wait()
+        Message(exchange, self.dy, True).start().wait()
         exchange.return_slots(self.dp).wait()
         self.combine_bf16()
 
@@ -248,10 +245,10 @@ def wire_bytes(exchange: Exchange, shape: Shape) -> dict[str, float]:
     rows = sum(n for r, n in enumerate(exchange.rows.to) if r != me)
     returned = exchange.slots.of if exchange.combine == "rows" else exchange.rows.of
     back = sum(n for r, n in enumerate(returned) if r != me)
-    scales, routing = h // 128 * 4, shape.topk * 8
+    row_bytes = [sum(Layout(h, f, k).row_bytes for k in (shape.topk, 0)) for f in (True, False)]
     return {
-        "fp8 MB": rows * (2 * (h + scales) + routing) / 1e6,
-        "bf16 MB": rows * (2 * (2 * h) + routing) / 1e6,
+        "fp8 MB": rows * row_bytes[0] / 1e6,
+        "bf16 MB": rows * row_bytes[1] / 1e6,
         "combine MB": back * 2 * (2 * h) / 1e6,
     }
 

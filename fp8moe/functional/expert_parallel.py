@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from fp8moe.config import FP8Config
 from fp8moe.functional.arguments import check_size, check_tokens, check_weights
 from fp8moe.functional.autocast import autocast_off, result_dtype
-from fp8moe.functional.exchange import Combine, Exchange, FP8Message
+from fp8moe.functional.exchange import Combine, Exchange, Message
 from fp8moe.functional.experts import backward_rows, forward_rows, unfused_rows
 from fp8moe.functional.sharded import local_weight
 from fp8moe.functional.tokens import Tokens
@@ -57,30 +57,26 @@ class Dispatched:
     ) -> None:
         self.exchange, self.config, self.fused = exchange, config, fused
         self.shape, self.topk = tuple(x.shape), topk_ids.shape[1]
-        x, side = x.detach(), (topk_weights.detach().float(), topk_ids.int())
-        self._message: Any
+        x, weights = x.detach(), topk_weights.detach().float()
         # Packed before the host knows how much to send, sent as soon as it does.
         if fused:
-            message = FP8Message(exchange, x, config.pow2_scales, *side)
-            exchange.settle()
-            self._message = message.start()
+            message = Message(exchange, x, config.pow2_scales, topk_ids, weights)
         else:
-            packed = exchange.pack_bf16(x.bfloat16()), exchange.pack_side(*side)
-            exchange.settle()
-            self._message = tuple(exchange.send(part) for part in packed)
+            message = Message(exchange, x.bfloat16(), None, topk_ids, weights)
+        exchange.settle()
+        self._message: Message | None = message.start()
 
-    def wait(self) -> tuple[Any, Tensor]:
-        """The received tokens, FP8Tensor or BF16, and their weights (R, K) float32."""
+    def wait(self) -> tuple[Tokens, Tensor]:
+        """The received tokens, in FP8 or BF16, and their weights (R, K) float32."""
         if self._message is None:
             raise RuntimeError(
                 "dispatched: expected tokens on their way, got some that were used before; every "
                 "forward, a recomputed one too, needs a dispatch of its own"
             )
         message, self._message = self._message, None
-        x, side = message.wait() if self.fused else (pending.wait() for pending in message)
-        topk = self.topk
-        self.exchange.receive(side[:, topk:])
-        return x, side[:, :topk].contiguous().view(torch.float32)
+        data, scale, routing = message.wait()
+        assert routing is not None
+        return Tokens(data, scale), self.exchange.receive(routing)
 
 
 class ExpertParallelSwiglu(torch.autograd.Function):
@@ -99,10 +95,10 @@ class ExpertParallelSwiglu(torch.autograd.Function):
         grad: bool,
         dispatched: Dispatched,
     ) -> Tensor:
-        x8, weights = dispatched.wait()
+        tokens, weights = dispatched.wait()
         exchange = ctx.exchange = dispatched.exchange
         p = exchange.permutation
-        rows = forward_rows(ctx, Tokens(*x8), weights, p, w13, w2, config, grad)
+        rows = forward_rows(ctx, tokens, weights, p, w13, w2, config, grad)
         ctx.x_dtype = x.dtype
         return exchange.return_rows(rows).wait().to(dtype)
 
@@ -112,7 +108,9 @@ class ExpertParallelSwiglu(torch.autograd.Function):
         exchange: Exchange = ctx.exchange
 
         def take_slots(partials: Tensor, row_of_slot: Tensor) -> Any:
-            return exchange.return_slots(gather_slots(partials, row_of_slot))
+            return exchange.return_slots(
+                gather_slots(partials, exchange.row_of_received.unsqueeze(1))
+            )
 
         travelling = contextlib.ExitStack()
 
@@ -122,10 +120,10 @@ class ExpertParallelSwiglu(torch.autograd.Function):
             return returned
 
         with autocast_off(dy.device), travelling:
-            message = FP8Message(exchange, dy.contiguous(), ctx.config.pow2_scales).start()
+            message = Message(exchange, dy.contiguous(), ctx.config.pow2_scales).start()
 
             def take_dy() -> Tokens:
-                return Tokens(*message.wait()[0])
+                return Tokens(*message.wait()[:2])
 
             dx, dp, dw13, dw2 = backward_rows(ctx, take_dy, sum_rows, take_slots)
             dp = None if dp is None else dp.wait()
@@ -158,7 +156,9 @@ class DispatchWeights(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dp: Tensor) -> Any:
-        return ctx.exchange.return_slots(dp.contiguous()).wait(), None, None
+        exchange = ctx.exchange
+        slots = exchange.permutation.slot_of_row.index_select(0, exchange.row_of_received)
+        return exchange.return_slots(dp.flatten().index_select(0, slots)).wait(), None, None
 
 
 class CombineRows(torch.autograd.Function):
@@ -173,8 +173,8 @@ class CombineRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         exchange = ctx.exchange
-        received = exchange.send(exchange.pack_bf16(dy.contiguous())).wait()
-        return permute_rows(received, *exchange.permutation[:2]), None
+        received = Message(exchange, dy.contiguous(), None).start().wait()
+        return permute_rows(received.data, *exchange.permutation[:2]), None
 
 
 @torch.compiler.disable
@@ -260,7 +260,7 @@ def expert_parallel_swiglu(
                 x, None, weights, w13, w2, config, dtype, grad, dispatched
             )
         received, received_weights = dispatched.wait()
-        xp = DispatchRows.apply(x, received, exchange)
+        xp = DispatchRows.apply(x, received.data, exchange)
         p = DispatchWeights.apply(weights, received_weights, exchange)
         y = unfused_rows(lambda rows: rows, xp, p, exchange.permutation, w13, w2, config, grad)
         return CombineRows.apply(y, exchange).to(dtype)

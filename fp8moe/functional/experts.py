@@ -172,7 +172,7 @@ def backward_rows(
     pow2, pow2_w, topk = config.pow2_scales, config.pow2_weight_scales, row_of_slot.shape[1]
     if config.save == "recompute":
         w13_8 = held(*held_w[4:], pow2=pow2_w, transposed=False)
-        xp8 = Tokens.saved(x_data, x_scale).rows(row_of_slot, slot_of_row, pow2)
+        xp8 = Tokens(x_data, x_scale).rows(row_of_slot, slot_of_row, pow2)
         h = m_grouped_gemm_nt(xp8, w13_8, ends)
         del xp8
     elif h_scale is not None:
@@ -214,7 +214,7 @@ def backward_rows(
         dw2 = fp8_wgrad(dy_t, FP8Tensor(a_data_t, a_scale_t), ends, ctx.w2, ctx.w2_dtype)
         del dy_t
     if need_w13:
-        x_t = Tokens.saved(x_data, x_scale).columns(slot_of_row, topk, pow2, block=True)
+        x_t = Tokens(x_data, x_scale).columns(slot_of_row, topk, pow2, block=True)
         dh_t = FP8Tensor(dh_data_t, dh_scale_t)
         dw13 = fp8_wgrad(dh_t, x_t, ends, ctx.w13, ctx.w13_dtype)
     return dx, dp, dw13, dw2

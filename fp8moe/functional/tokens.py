@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from fp8moe.functional.saved import restore
 from fp8moe.kernels.cast import cast_per_token
 from fp8moe.kernels.cast_permute import cast_permute, cast_permute_both, cast_permute_to_channel
 from fp8moe.kernels.fp8tensor import FP8Tensor
@@ -26,16 +25,11 @@ class Tokens(NamedTuple):
 
     Args:
         data: BF16, FP16 or FP32, or float8_e4m3fn.
-        scale: per_token, for data in FP8; else None.
+        scale: per_token with any strides, for data in FP8; else None.
     """
 
     data: torch.Tensor
     scale: torch.Tensor | None = None
-
-    @classmethod
-    def saved(cls, data: torch.Tensor, scale: torch.Tensor | None) -> Tokens:
-        """Of two tensors that were saved for backward."""
-        return cls(data) if scale is None else cls(*restore(data, scale))
 
     def fp8(self, pow2: bool) -> FP8Tensor:
         """The tokens in FP8, in token order."""

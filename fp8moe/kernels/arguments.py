@@ -13,6 +13,7 @@ def check_tensor(
     shape: tuple[int | None, ...],
     dtypes: tuple[torch.dtype, ...],
     device: torch.device | None = None,
+    contiguous: bool = True,
 ) -> None:
     """Raise unless `tensor` is contiguous and has this shape (None: any size), dtype and device.
 
@@ -32,15 +33,29 @@ def check_tensor(
         raise ValueError(f"{name}: expected {expected}, got {tensor.dtype}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got {tensor.device}")
-    if not tensor.is_contiguous():
+    if contiguous and not tensor.is_contiguous():
         raise ValueError(
             f"{name}: expected a contiguous tensor, got strides {tuple(tensor.stride())} "
             f"for shape {tuple(got)}"
         )
 
 
-def check_scale(name: str, scale: torch.Tensor, data: torch.Tensor) -> None:
-    """Raise unless `scale` is an MN-major per_token scale for `data`.
+def check_rows(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise unless `tensor` is a matrix of contiguous rows, a multiple of 16 bytes apart.
+
+    Raises: ValueError naming the argument, what was expected and what came.
+    """
+    apart = (
+        tensor.dim() == 2
+        and tensor.stride(1) == 1
+        and tensor.stride(0) >= tensor.shape[1]
+        and tensor.stride(0) * tensor.element_size() % 16 == 0
+    )
+    check_tensor(name, tensor, (None, None), dtypes, contiguous=not apart)
+
+
+def check_scales(name: str, scale: torch.Tensor, data: torch.Tensor) -> None:
+    """Raise unless `scale` is a per_token scale for `data`, with any strides.
 
     Raises: ValueError naming the argument, what was expected and what came.
     """
@@ -55,6 +70,15 @@ def check_scale(name: str, scale: torch.Tensor, data: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected torch.float32, got {scale.dtype}")
     if scale.device != data.device:
         raise ValueError(f"{name}: expected a tensor on {data.device}, got {scale.device}")
+
+
+def check_scale(name: str, scale: torch.Tensor, data: torch.Tensor) -> None:
+    """Raise unless `scale` is an MN-major per_token scale for `data`.
+
+    Raises: ValueError naming the argument, what was expected and what came.
+    """
+    check_scales(name, scale, data)
+    rows, blocks = scale.shape
     unit = rows <= 1 or scale.stride(0) == 1
     if not unit or (blocks > 1 and scale.stride(1) < rows):
         raise ValueError(

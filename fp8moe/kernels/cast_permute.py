@@ -54,13 +54,26 @@ def kernel_specs() -> list[jit.KernelSpec]:
 def _rows_cuda(
     x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor, pow2: bool
 ) -> Pair:
-    if x.dtype != torch.bfloat16:
-        x8 = cast._cast_per_token_cuda(x, pow2)
-        return permute._permute_fp8_cuda(*x8, row_of_slot, slot_of_row)
     data, scale = permute.rows_like(x, slot_of_row)
+    launch_rows(x, row_of_slot, slot_of_row, pow2, data, scale)
+    return data, scale
+
+
+def launch_rows(
+    x: torch.Tensor,
+    row_of_slot: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    pow2: bool,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+) -> None:
     tokens, columns = x.shape
     if x.numel() == 0:
-        return data, scale
+        return
+    if x.dtype != torch.bfloat16:
+        x8, x_scale = cast._cast_per_token_cuda(x, pow2)
+        permute.launch_permute(x8, data, x_scale, scale, row_of_slot, slot_of_row)
+        return
     check_aligned(x=x)
     warps = THREADS // 32
     _rows_kernel(pow2)(
@@ -73,11 +86,10 @@ def _rows_cuda(
             row_of_slot.shape[1],
             columns,
             data,
-            scale,
-            scale.stride(1),
+            permute.pitch(data),
+            *permute.steps(scale),
         ),
     )
-    return data, scale
 
 
 def _rows_fake(
@@ -173,7 +185,7 @@ _cast_permute_both = registry.define_op(
 )
 
 
-def _check(x: torch.Tensor, slot_of_row: torch.Tensor) -> None:
+def check(x: torch.Tensor, slot_of_row: torch.Tensor) -> None:
     check_tensor("x", x, (None, None), tuple(cast.INPUTS))
     check_multiple("x: H", x.shape[1], BLOCK)
     check_slot_of_row(slot_of_row, x.device)
@@ -194,7 +206,7 @@ def cast_permute(
 
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
-    _check(x, slot_of_row)
+    check(x, slot_of_row)
     check_tensor("row_of_slot", row_of_slot, (x.shape[0], None), (torch.int32,), x.device)
     return _cast_permute(x, row_of_slot, slot_of_row, pow2)
 
@@ -217,7 +229,7 @@ def cast_permute_to_channel(
 
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
-    _check(x, slot_of_row)
+    check(x, slot_of_row)
     permute.check_topk(topk)
     return _cast_permute_to_channel(x, slot_of_row, topk, pow2, block)
 
@@ -231,6 +243,6 @@ def cast_permute_both(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow
 
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
-    _check(x, slot_of_row)
+    check(x, slot_of_row)
     permute.check_topk(topk)
     return _cast_permute_both(x, slot_of_row, topk, pow2)

@@ -16,13 +16,14 @@ from fp8moe.kernels import gather, jit, launch, reference, registry, routing
 from fp8moe.kernels.arguments import (
     check_aligned,
     check_multiple,
-    check_scale,
+    check_rows,
+    check_scales,
     check_slot_of_row,
     check_tensor,
 )
 from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, ceil_div, empty_per_channel, empty_scale
 from fp8moe.kernels.gather import gather_slots, gather_sum
-from fp8moe.kernels.routing import route
+from fp8moe.kernels.routing import route, route_kept
 
 __all__ = [
     "gather_slots",
@@ -33,6 +34,7 @@ __all__ = [
     "permute_fp8_to_channel",
     "permute_rows",
     "route",
+    "route_kept",
 ]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -50,15 +52,15 @@ def check_topk(topk: int) -> None:
         raise ValueError(f"topk: expected at least 1, got {topk}")
 
 
-def _check_maps(x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor) -> None:
+def check_maps(x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor) -> None:
     check_tensor("row_of_slot", row_of_slot, (x.shape[0], None), (torch.int32,), x.device)
     check_slot_of_row(slot_of_row, x.device)
 
 
 def _check_fp8(data: torch.Tensor, scale: torch.Tensor) -> None:
-    check_tensor("data", data, (None, None), (FP8_DTYPE,))
+    check_rows("data", data, (FP8_DTYPE,))
     check_multiple("data: H", data.shape[1], BLOCK)
-    check_scale("scale", scale, data)
+    check_scales("scale", scale, data)
 
 
 # ---- kernels -----------------------------------------------------------------------------------
@@ -112,7 +114,17 @@ def kernel_specs() -> list[jit.KernelSpec]:
     return specs
 
 
-def _launch_permute(
+def pitch(rows: torch.Tensor) -> int:
+    """Bytes from one row to the next."""
+    return rows.stride(0) * rows.element_size()
+
+
+def steps(scale: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
+    """What kernels are told of scales that need not be MN-major."""
+    return (None, 0, 0) if scale is None else (scale, scale.stride(0), scale.stride(1))
+
+
+def launch_permute(
     source: torch.Tensor,
     out: torch.Tensor,
     scale: torch.Tensor | None,
@@ -133,7 +145,9 @@ def _launch_permute(
         THREADS,
         (
             source,
+            pitch(source),
             out,
+            pitch(out),
             row_of_slot,
             slot_of_row,
             tokens,
@@ -142,10 +156,8 @@ def _launch_permute(
             row_blocks,
             multiplier,
             shift,
-            scale,
-            scale.stride(1) if scale is not None else 0,
-            scale_out,
-            scale_out.stride(1) if scale_out is not None else 0,
+            *steps(scale),
+            *steps(scale_out),
         ),
     )
 
@@ -154,7 +166,7 @@ def _permute_rows_cuda(
     x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor
 ) -> torch.Tensor:
     out = _permute_rows_fake(x, row_of_slot, slot_of_row)
-    _launch_permute(x, out, None, None, row_of_slot, slot_of_row)
+    launch_permute(x, out, None, None, row_of_slot, slot_of_row)
     return out
 
 
@@ -168,7 +180,7 @@ def _permute_fp8_cuda(
     data: torch.Tensor, scale: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor
 ) -> Pair:
     out, scale_out = _permute_fp8_fake(data, scale, row_of_slot, slot_of_row)
-    _launch_permute(data, out, scale, scale_out, row_of_slot, slot_of_row)
+    launch_permute(data, out, scale, scale_out, row_of_slot, slot_of_row)
     return out, scale_out
 
 
@@ -220,8 +232,8 @@ def _launch_to_channel(
         THREADS,
         (
             data,
-            scale,
-            scale.stride(1),
+            pitch(data),
+            *steps(scale),
             slot_of_row,
             multiplier,
             shift,
@@ -313,7 +325,7 @@ def permute_rows(
     """out[row_of_slot[t, k]] = x[t]; zero in padding, undefined past the last group.
 
     Args:
-        x: (T, H) bfloat16, contiguous, H a multiple of 8.
+        x: (T, H) bfloat16, rows contiguous, H a multiple of 8.
         row_of_slot: (T, K) int32 from `route`.
         slot_of_row: (Rcap,) int32 from `route`.
 
@@ -321,9 +333,9 @@ def permute_rows(
 
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
-    check_tensor("x", x, (None, None), (torch.bfloat16,))
+    check_rows("x", x, (torch.bfloat16,))
     check_multiple("x: H", x.shape[1], 8)
-    _check_maps(x, row_of_slot, slot_of_row)
+    check_maps(x, row_of_slot, slot_of_row)
     return _permute_rows(x, row_of_slot, slot_of_row)
 
 
@@ -333,8 +345,8 @@ def permute_fp8(
     """data_out[row_of_slot[t, k]] = data[t], scale likewise: bytes move, nothing is rounded.
 
     Args:
-        data: (T, H) float8_e4m3fn, contiguous, H a multiple of 128.
-        scale: (T, H/128) float32, per_token, MN-major.
+        data: (T, H) float8_e4m3fn, rows contiguous, H a multiple of 128.
+        scale: (T, H/128) float32, per_token, with any strides.
         row_of_slot: (T, K) int32 from `route`.
         slot_of_row: (Rcap,) int32 from `route`.
 
@@ -343,7 +355,7 @@ def permute_fp8(
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
     _check_fp8(data, scale)
-    _check_maps(data, row_of_slot, slot_of_row)
+    check_maps(data, row_of_slot, slot_of_row)
     return _permute_fp8(data, scale, row_of_slot, slot_of_row)
 
 
@@ -365,8 +377,8 @@ def permute_fp8_to_channel(
     from. Values are multiplied out in FP32 and then by 448 / (448 * scale_t).
 
     Args:
-        data: (T, H) float8_e4m3fn, contiguous, H a multiple of 128.
-        scale: (T, H/128) float32, per_token, MN-major.
+        data: (T, H) float8_e4m3fn, rows contiguous, H a multiple of 128.
+        scale: (T, H/128) float32, per_token, with any strides.
         slot_of_row: (Rcap,) int32 from `route`.
         topk: K, slots per token.
         pow2: round the new scales up to powers of two.

@@ -56,9 +56,13 @@ def test_two_processes(tmp_path: Path, device: torch.device) -> None:
         assert row["world"] == 2 and (row["gpu"] != "none") == on_gpu and row["wire GB/s"] > 0
         assert row["away GB/s"] > 0 and 0 < row["fp8 host ms"] <= row["fp8 ms"] * 1.001
         assert row["efficiency"] == pytest.approx(alone["ms"] / row["ms"])
-        # Per row: two of H bytes and H / 128 scales against two of 2 H, and K weights and ids.
+        # Two rows each, one of them with K weights and ids, in units of 16 bytes: of H bytes and
+        # H / 128 scales, and of 2 H bytes.
         h, k = TINY["qwen3"].hidden, TINY["qwen3"].topk
-        fp8, bf16 = 2 * (h + h // 128 * 4) + 8 * k, 4 * h + 8 * k
+        fp8, bf16 = (
+            sum(-(-(row + more) // 16) * 16 for more in (8 * k, 0))
+            for row in (h + h // 128 * 4, 2 * h)
+        )
         assert row["fp8 MB"] / row["bf16 MB"] == pytest.approx(fp8 / bf16)
     assert by_token["combine MB"] < by_row["combine MB"]
     for name in ("qwen3-1-", "qwen3-2-rows-0", "qwen3-2-sums-0"):

@@ -43,9 +43,22 @@ def test_high_precision_tokens_are_their_fp8_ones(device, topk, pow2, monkeypatc
     assert one_pass == ([topk, topk] if topk <= tokens.ONE_PASS_TOPK else [])
 
 
-def test_saved_scales_get_their_strides_back(device):
-    plain = Tokens(torch.randn(10, 256).bfloat16().to(device))
-    data, scale = plain.fp8(True)
-    again = Tokens.saved(data, scale.contiguous())
-    assert again.scale.stride() == scale.stride() and torch.equal(again.scale, scale)
-    assert Tokens.saved(plain.data, None) == plain
+def test_strides_change_nothing(device):
+    """What comes in a message has rows that are apart, what hooks saved has other strides."""
+    ids = torch.randint(0, 3, (10, 2))
+    row_of_slot, slot_of_row, ends, _ = (t.to(device) for t in reference.route(ids, 3))
+    used = int(ends[-1])
+    data, scale = Tokens(torch.randn(10, 256).bfloat16().to(device)).fp8(True)
+    apart = torch.zeros((10, 320), dtype=torch.uint8, device=device)
+    apart = apart.view(data.dtype)[:, :256].copy_(data)
+    tokens = [Tokens(data, scale), Tokens(apart, scale.contiguous())]
+    assert apart.stride() != data.stride() and tokens[1].scale.stride() != scale.stride()
+    rows = [t.rows(row_of_slot, slot_of_row, True) for t in tokens]
+    columns = [t.columns(slot_of_row, 2, True, block=block) for block in (0, 1) for t in tokens]
+    both = [t.both(slot_of_row, 2, True) for t in tokens]
+    for a, b in (rows, (both[0][0], both[1][0])):
+        assert testing.same_bits(a.data[:used], b.data[:used])
+        assert testing.same_bits(a.scale[:used], b.scale[:used])
+    for a, b in (columns[:2], columns[2:], (both[0][1], both[1][1])):
+        assert testing.same_bits(a.data[:, :used], b.data[:, :used])
+        assert testing.same_bits(a.scale[:, : used // 128], b.scale[:, : used // 128])

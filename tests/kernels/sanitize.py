@@ -14,7 +14,8 @@ import torch
 
 import fp8moe
 from fp8moe import quant
-from fp8moe.kernels import gemm, heuristics
+from fp8moe.functional.exchange import Layout
+from fp8moe.kernels import dispatch, gemm, heuristics, message, permute
 from fp8moe.kernels.fp8tensor import FP8Tensor, padded_capacity
 from fp8moe.kernels.heuristics import Grouping, Output, Problem
 
@@ -84,11 +85,31 @@ def layers() -> None:
             y.backward(torch.randn_like(y))
 
 
+def messages() -> None:
+    """What a dispatch over ranks runs, from the maps to rows that are read where they arrived."""
+    for dtype, topk, ranks in ((torch.int64, 3, 4), (torch.int32, 10, 2)):
+        ids = torch.randint(0, 13, (77, topk), device="cuda", dtype=dtype)
+        weights = torch.rand(77, topk, device="cuda")
+        _, first_row, _, slot_of_row, _ = dispatch.dispatch_maps(ids, 12, ranks, [1])
+        layout = Layout(256, True, topk)
+        rows = torch.empty(len(slot_of_row), layout.row_bytes, dtype=torch.uint8, device="cuda")
+        data, scale, routing = layout.parts(rows)
+        message.cast_permute_into(_random(77, 256), first_row, slot_of_row, True, data, scale)
+        dispatch.dispatch_routing(ids, weights, first_row, 12 // ranks, routing)
+        received = int((slot_of_row >= 0).sum())
+        local = routing[:received, topk:].contiguous()
+        kept = int((local < 12 // ranks).sum())
+        row_of_slot, slots, *_ = permute.route_kept(local, 12 // ranks, kept)
+        permute.permute_fp8(data[:received], scale[:received], row_of_slot, slots)
+        permute.permute_fp8_both(data[:received], scale[:received], slots, topk, True)
+
+
 def main() -> None:
     torch.manual_seed(0)
     launches = sum(forward_gemms(sizes) + weight_gradients(sizes) for sizes in SIZES)
     launches += weight_gradients(SIZES[0], 130)  # any number of channels: 4 bytes
     layers()
+    messages()
     x = quant.per_token(_random(33, 144), pow2=False)
     w = quant.per_block(_random(136, 144), pow2=False)
     gemm.gemm_nt(FP8Tensor(*x), FP8Tensor(*w))

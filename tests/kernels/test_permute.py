@@ -321,10 +321,10 @@ BAD_CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
         (DATA, SCALE[:, :1], MAP, SLOTS),
         r"scale: expected \(4, 2\) for data \(4, 256\), got \(4, 1\)",
     ),
-    "scale stride": (
+    "data stride": (
         permute.permute_fp8_both,
-        (DATA, SCALE.contiguous(), SLOTS, 2, True),
-        "scale: expected an MN-major scale",
+        (torch.zeros(4, 264).to(DATA.dtype)[:, :256], SCALE, SLOTS, 2, True),
+        "data: expected a contiguous tensor",
     ),
     "scale dtype": (
         permute.permute_fp8_to_channel,

@@ -63,6 +63,24 @@ def test_route_equals_the_reference(
     assert_same(routing.route(ids.to(device), experts), reference.route(ids, experts))
 
 
+@pytest.mark.parametrize(
+    ("tokens", "topk", "experts"), [(0, 2, 4), (700, 4, 100), (40000, 8, 1024)]
+)
+def test_rows_of_kept_slots(device: torch.device, tokens: int, topk: int, experts: int) -> None:
+    ids = torch.where(torch.rand(tokens, topk) < 0.5, experts, random_ids(tokens, topk, experts))
+    *maps, kept_row = routing.route_kept(ids.to(device), experts, int((ids < experts).sum()))
+    expected = list(reference.route(ids, experts))
+    assert kept_row.tolist() == expected[0][expected[0] >= 0].tolist()
+    expected[1] = expected[1][: len(maps[1])]
+    assert len(maps[1]) == padded_capacity(len(kept_row), experts)
+    assert_same(tuple(maps), tuple(expected))
+
+
+def test_a_wrong_number_of_kept_slots_is_named() -> None:
+    with pytest.raises(ValueError, match="topk_ids: expected 7 slots that are kept, got 8"):
+        routing.route_kept(torch.zeros((4, 2), dtype=torch.int64), 4, 7)
+
+
 @pytest.mark.parametrize("fill", [0, 5, 8], ids=["first", "inner", "dropped"])
 def test_all_slots_to_one_expert(device: torch.device, fill: int) -> None:
     ids = torch.full((5000, 2), fill)

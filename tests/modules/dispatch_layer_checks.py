@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fp8moe import FP8Config, swiglu_experts, testing
 from fp8moe.functional import expert_parallel
-from fp8moe.functional.exchange import Exchange
+from fp8moe.functional.exchange import Exchange, Message
 from fp8moe.functional.expert_parallel import dispatch, expert_parallel_swiglu
 from fp8moe.modules import Experts
 
@@ -167,24 +167,26 @@ def planted_errors_are_found(ranks: Ranks) -> None:
     """Negative control of the two checks above: each fault shows in y or a gradient."""
     config = FP8Config()
 
-    def with_fault(name: str, fault: Callable[..., Any]) -> set[str]:
-        original = getattr(Exchange, name)
-        setattr(Exchange, name, lambda self, *args: fault(original, self, *args))
+    def with_fault(kind: type, name: str, fault: Callable[..., Any]) -> set[str]:
+        original = getattr(kind, name)
+        setattr(kind, name, lambda self, *args: fault(original, self, *args))
         try:
             got, expected = both(ranks, config)
         finally:
-            setattr(Exchange, name, original)
+            setattr(kind, name, original)
         return {n for n in got if any_rank(ranks, n in differing(got, expected))}
 
-    def doubled_scale(pack: Any, self: Exchange, x: torch.Tensor, pow2: bool) -> Any:
-        data, scale = pack(self, x, pow2)
-        return data, scale * 2
+    def doubled_scale(wait: Any, self: Message) -> Any:
+        parts = wait(self)
+        return parts._replace(scale=parts.scale * 2)
 
-    def doubled_weights(pack: Any, self: Exchange, p: torch.Tensor, ids: torch.Tensor) -> Any:
-        return pack(self, p * 2, ids)
+    def doubled_weights(receive: Any, self: Exchange, routing: torch.Tensor) -> Any:
+        return receive(self, routing) * 2
 
-    def reversed_tokens(pack: Any, self: Exchange, x: torch.Tensor, pow2: bool) -> Any:
-        return pack(self, x.flip(0), pow2)
+    def reversed_tokens(
+        pack: Any, self: Message, exchange: Exchange, x: torch.Tensor, *more: Any
+    ) -> Any:
+        return pack(self, exchange, x.flip(0), *more)
 
     def reversed_order(send: Any, self: Exchange, rows: torch.Tensor) -> Any:
         return send(self, rows.flip(0))
@@ -192,11 +194,11 @@ def planted_errors_are_found(ranks: Ranks) -> None:
     def slots_of_the_next_token(send: Any, self: Exchange, values: torch.Tensor) -> Any:
         return send(self, values.roll(1, 0))
 
-    assert with_fault("pack_fp8", doubled_scale) >= {"y", "dw13", "dw2"}
-    assert with_fault("pack_fp8", reversed_tokens) >= {"y", "dx", "dp", "dw13", "dw2"}
-    assert with_fault("pack_side", doubled_weights) >= {"y", "dx", "dw13", "dw2"}
-    assert with_fault("return_rows", reversed_order) == {"y", "dx"}
-    assert with_fault("return_slots", slots_of_the_next_token) == {"dp"}
+    assert with_fault(Message, "wait", doubled_scale) >= {"y", "dw13", "dw2"}
+    assert with_fault(Message, "__init__", reversed_tokens) >= {"y", "dx", "dp", "dw13", "dw2"}
+    assert with_fault(Exchange, "receive", doubled_weights) >= {"y", "dx", "dw13", "dw2"}
+    assert with_fault(Exchange, "return_rows", reversed_order) == {"y", "dx"}
+    assert with_fault(Exchange, "return_slots", slots_of_the_next_token) == {"dp"}
 
 
 @check

@@ -11,10 +11,12 @@ static constexpr int kWarps = kThreads / 32;
 static constexpr int kRuns = 4;
 static constexpr int kRunColumns = 256;
 
-// data [rows, columns], scale[(column / 128) * scale_ld + row]; padding rows are not written.
+// data [rows, columns], rows a pitch apart; the scale of (row, block of 128 columns) at
+// row * scale_row_step + block * scale_block_step. Padding rows are not written.
 extern "C" __global__ void __launch_bounds__(kThreads, 4)
     cast_permute(const u16* __restrict__ x, const int* __restrict__ row_of_slot, int tokens, int topk,
-                 int columns, u8* __restrict__ data, float* __restrict__ scale, int scale_ld) {
+                 int columns, u8* __restrict__ data, int pitch, float* __restrict__ scale,
+                 int scale_row_step, int scale_block_step) {
   int lane = threadIdx.x & 31;
   i64 token = (i64)blockIdx.x * kWarps + threadIdx.x / 32;
   if (token >= tokens) return;
@@ -61,8 +63,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll
       for (int r = 0; r < kRuns / 2; ++r)
         if (column + 2 * r * kRunColumns < columns)
-          *reinterpret_cast<uint4*>(data + row * columns + column + 2 * r * kRunColumns) = packed[r];
-      if (writes_scale) scale[(i64)block * scale_ld + row] = own;
+          *reinterpret_cast<uint4*>(data + row * pitch + column + 2 * r * kRunColumns) = packed[r];
+      if (writes_scale) scale[block * (i64)scale_block_step + row * scale_row_step] = own;
     }
   }
 }

@@ -1,29 +1,13 @@
-// The routing map, in two launches and without a sort, an ordering atomic or the host.
+// The routing map, in two launches and without the host (see slots.cuh). The row of a slot is the
+// position that a stable sort by expert would give, with every expert's rows padded to 128.
 //
-// Slot i = t * K + k is one choice of one token. CTA c owns a contiguous slice of slots, each of its
-// warps a contiguous part of it, and each warp walks its part in order. The row of a slot is
-//   start of its expert + slots of that expert in earlier CTAs, in earlier warps, earlier in the warp
-// which is the position a stable sort by expert would give, whatever the timing.
-//
-// Built for ID_BITS = 32 | 64. Expert num_experts drops the slot; any other id out of range is dropped
-// and reported.
-#include "numerics.cuh"
+// Expert num_experts drops the slot; any other id out of range is dropped and reported. kept_row, if
+// there is one, gets the rows of the slots that are not dropped, in slot order.
+#include "slots.cuh"
 
-#if ID_BITS == 64
-typedef i64 Id;
-#else
-typedef int Id;
-#endif
-
-static constexpr int kThreads = 256;
-static constexpr int kWarps = kThreads / 32;
 static constexpr int kMaxExperts = 1024;
 static constexpr int kExpertsPerThread = kMaxExperts / kThreads;
-static constexpr int kBatch = 4;   // ids loaded ahead by a lane
 static constexpr int kPad = -1;
-static constexpr int kUnused = -2;
-static constexpr int kDropped = -1;
-static constexpr u32 kFullWarp = 0xFFFFFFFFu;
 
 // The expert of a slot, num_experts if it is dropped. `bad` when the id is not even that.
 __device__ __forceinline__ int expert_of(Id id, int num_experts, bool& bad) {
@@ -38,62 +22,61 @@ template <class Visit>
 __device__ __forceinline__ void walk(const Id* ids, int num_slots, int slots_per_warp,
                                      int num_experts, int& first_bad, Visit visit) {
   int lane = threadIdx.x & 31;
-  i64 begin = ((i64)blockIdx.x * kWarps + threadIdx.x / 32) * slots_per_warp;
-  i64 end = min(begin + slots_per_warp, (i64)num_slots);
-  for (i64 base = begin; base < end; base += 32 * kBatch) {
-    Id id[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      i64 slot = base + 32 * j + lane;
-      id[j] = slot < end ? ids[slot] : (Id)num_experts;
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      i64 slot = base + 32 * j + lane;
-      bool bad;
-      int expert = expert_of(id[j], num_experts, bad);
-      if (bad) first_bad = min(first_bad, (int)slot);
-      u32 peers = __match_any_sync(kFullWarp, expert);
-      bool leader = (peers >> lane) == 1;
-      visit((int)slot, expert, peers, leader, slot < end);
-    }
-  }
+  walk_slots(ids, num_slots, slots_per_warp, num_experts, [&](int slot, Id id, bool inside) {
+    bool bad;
+    int expert = expert_of(id, num_experts, bad);
+    if (bad) first_bad = min(first_bad, slot);
+    u32 peers = __match_any_sync(kFullWarp, expert);
+    bool leader = (peers >> lane) == 1;
+    visit(slot, expert, peers, leader, inside);
+  });
 }
 
-// Counts per warp: each cell of count[warp] is only touched by the leader lanes of that warp.
-__device__ __forceinline__ void count_slots(const Id* ids, int num_slots, int slots_per_warp,
-                                            int num_experts, int* warp_count, int& first_bad) {
+// Counts per warp: each cell of count[warp] is only touched by the leader lanes of that warp. Returns
+// how many of the warp's slots are kept.
+__device__ __forceinline__ int count_slots(const Id* ids, int num_slots, int slots_per_warp,
+                                           int num_experts, int* warp_count, int& first_bad) {
+  int kept = 0;
   walk(ids, num_slots, slots_per_warp, num_experts, first_bad,
        [&](int, int expert, u32 peers, bool leader, bool) {
          if (leader && expert < num_experts) warp_count[expert] += __popc(peers);
+         kept += __popc(__ballot_sync(kFullWarp, expert < num_experts));
          __syncwarp();
        });
+  return kept;
 }
 
-// partial[cta][e] = slots of expert e in the CTA's slice; first_bad[cta] = first bad slot or -1.
+// partial[cta] = [slots of each expert, slots kept] of the CTA's slice; first_bad[cta] = first bad slot
+// or -1.
 extern "C" __global__ void __launch_bounds__(kThreads)
     route_count(const Id* __restrict__ ids, int num_slots, int num_experts, int slots_per_warp,
                 int* __restrict__ partial, int* __restrict__ first_bad) {
   __shared__ int count[kWarps][kMaxExperts];
-  __shared__ int bad;
+  __shared__ int bad, kept;
   for (int e = threadIdx.x; e < num_experts; e += kThreads)
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) count[w][e] = 0;
-  if (threadIdx.x == 0) bad = 0x7FFFFFFF;
+  if (threadIdx.x == 0) bad = 0x7FFFFFFF, kept = 0;
   __syncthreads();
 
   int lane_bad = 0x7FFFFFFF;
-  count_slots(ids, num_slots, slots_per_warp, num_experts, count[threadIdx.x / 32], lane_bad);
+  int warp_kept = count_slots(ids, num_slots, slots_per_warp, num_experts, count[threadIdx.x / 32],
+                              lane_bad);
+  if ((threadIdx.x & 31) == 0) atomicAdd(&kept, warp_kept);
   if (lane_bad != 0x7FFFFFFF) atomicMin(&bad, lane_bad);
   __syncthreads();
 
+  int* out = partial + (i64)blockIdx.x * (num_experts + 1);
   for (int e = threadIdx.x; e < num_experts; e += kThreads) {
     int sum = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += count[w][e];
-    partial[(i64)blockIdx.x * num_experts + e] = sum;
+    out[e] = sum;
   }
-  if (threadIdx.x == 0) first_bad[blockIdx.x] = bad == 0x7FFFFFFF ? -1 : bad;
+  if (threadIdx.x == 0) {
+    out[num_experts] = kept;
+    first_bad[blockIdx.x] = bad == 0x7FFFFFFF ? -1 : bad;
+  }
 }
 
 // One CTA: the first bad slot of all, if there is one.
@@ -113,38 +96,19 @@ __device__ __forceinline__ void report_bad_ids(const Id* ids, const int* first_b
   }
 }
 
-// Exclusive scan of one value per thread over the CTA; `total` gets the sum.
-__device__ __forceinline__ int scan_threads(int value, int* warp_sums, int& total) {
-  int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-  int inclusive = value;
-#pragma unroll
-  for (int d = 1; d < 32; d <<= 1) {
-    int other = __shfl_up_sync(kFullWarp, inclusive, d);
-    if (lane >= d) inclusive += other;
-  }
-  if (lane == 31) warp_sums[warp] = inclusive;
-  __syncthreads();
-  int before = 0;
-  total = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) before += warp_sums[w];
-    total += warp_sums[w];
-  }
-  return before + inclusive - value;
-}
-
 extern "C" __global__ void __launch_bounds__(kThreads)
     route_place(const Id* __restrict__ ids, int num_slots, int num_experts, int slots_per_warp,
                 const int* __restrict__ partial, const int* __restrict__ first_bad, int capacity,
                 int* __restrict__ row_of_slot, int* __restrict__ slot_of_row,
-                int* __restrict__ group_ends, int* __restrict__ counts, int* status) {
+                int* __restrict__ group_ends, int* __restrict__ counts, int* __restrict__ kept_row,
+                int* status) {
   __shared__ int next_row[kWarps][kMaxExperts];   // first a count, then the next free row
-  __shared__ int total[kMaxExperts];
-  __shared__ int earlier[kMaxExperts];   // its slots in the CTAs before this one, then its start
+  __shared__ int total[kMaxExperts + 1];
+  __shared__ int earlier[kMaxExperts + 1];   // its slots in the CTAs before this one, then its start
   __shared__ int warp_sums[kWarps];
+  __shared__ int warp_kept[kWarps];
   int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-  for (int e = threadIdx.x; e < kMaxExperts; e += kThreads) {
+  for (int e = threadIdx.x; e <= kMaxExperts; e += kThreads) {
     total[e] = earlier[e] = 0;
     if (e < num_experts)
 #pragma unroll
@@ -152,32 +116,20 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  // Sum the CTAs' counts: each thread takes one expert and every parts-th CTA. Integer sums, so the
-  // order of the additions does not matter.
-  int width = 1;
-  while (width < num_experts && width < kThreads) width <<= 1;
-  int parts = kThreads / width;
-  for (int e = threadIdx.x & (width - 1); e < num_experts; e += width) {
-    int sum = 0, before = 0;
-#pragma unroll 8
-    for (int c = threadIdx.x / width; c < (int)gridDim.x; c += parts) {
-      int n = partial[(i64)c * num_experts + e];
-      sum += n;
-      if (c < (int)blockIdx.x) before += n;
-    }
-    atomicAdd(&total[e], sum);
-    atomicAdd(&earlier[e], before);
-  }
+  sum_ctas(partial, num_experts + 1, total, earlier);
   int ignored = 0x7FFFFFFF;
-  count_slots(ids, num_slots, slots_per_warp, num_experts, next_row[warp], ignored);
+  int own_kept = count_slots(ids, num_slots, slots_per_warp, num_experts, next_row[warp], ignored);
+  if (lane == 0) warp_kept[warp] = own_kept;
   __syncthreads();
+  int next_kept = earlier[num_experts];
+  for (int w = 0; w < warp; ++w) next_kept += warp_kept[w];
 
   // Where each expert starts: a scan of the padded totals, kExpertsPerThread neighbours a thread.
   int first = threadIdx.x * kExpertsPerThread;
   int padded[kExpertsPerThread], own = 0;
 #pragma unroll
   for (int i = 0; i < kExpertsPerThread; ++i) {
-    padded[i] = (total[first + i] + 127) & ~127;
+    padded[i] = first + i < num_experts ? (total[first + i] + 127) & ~127 : 0;
     own += padded[i];
   }
   int used;
@@ -208,12 +160,17 @@ extern "C" __global__ void __launch_bounds__(kThreads)
        [&](int slot, int expert, u32 peers, bool leader, bool inside) {
          bool kept = expert < num_experts;
          int row = kDropped;
-         if (kept) row = next[expert] + __popc(peers & ((1u << lane) - 1));
+         if (kept) row = next[expert] + __popc(peers & lanes_before());
          __syncwarp();
          if (kept && leader) next[expert] = row + 1;
          __syncwarp();
          if (inside) row_of_slot[slot] = row;
          if (kept) slot_of_row[row] = slot;
+         if (kept_row != nullptr) {
+           u32 all = __ballot_sync(kFullWarp, kept);
+           if (kept) kept_row[next_kept + __popc(all & lanes_before())] = row;
+           next_kept += __popc(all);
+         }
        });
 
   // The padding rows: expert by expert over all warps.

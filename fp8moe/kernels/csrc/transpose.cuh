@@ -11,14 +11,15 @@ static constexpr int kColumns = 256;
 
 // One warp: reads the scales of the tile's rows, for `block` of 128 columns.
 __device__ __forceinline__ void gather_scales(TileScales& s, const int* slots, const float* scale,
-                                              u32 multiplier, int shift, float* rows_out) {
+                                              int step, u32 multiplier, int shift,
+                                              float* rows_out) {
   int lane = threadIdx.x & 31;
   int4 four = __ldg(reinterpret_cast<const int4*>(slots) + lane);
   float value[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     int slot = element_of(four, i);
-    value[i] = slot < 0 ? 0.0f : __ldg(scale + divide(slot, multiplier, shift));
+    value[i] = slot < 0 ? 0.0f : __ldg(scale + (i64)divide(slot, multiplier, shift) * step);
   }
   reinterpret_cast<float4*>(s.row)[lane] = make_float4(value[0], value[1], value[2], value[3]);
   if (kWithRows) {
@@ -30,12 +31,13 @@ __device__ __forceinline__ void gather_scales(TileScales& s, const int* slots, c
   if (kPow2 || kBlockScales) prepare_factors(s, value);
 }
 
-// data [T, columns] with scale[(column / 128) * scale_ld + token] is gathered by
-// token = slot_of_row[r] / topk. Outputs: rows_out [capacity, columns] with rows_scale (WITH_ROWS);
+// data [T, columns], rows a pitch apart, with the scale of (token, block of 128 columns) at
+// token * scale_row_step + block * scale_block_step, is gathered by token = slot_of_row[r] / topk. Outputs: rows_out [capacity, columns] with rows_scale (WITH_ROWS);
 // data_t [columns, capacity] with scale_t[(r / 128) * scale_t_ld + column], or with BLOCK
 // scale_t[(column / 128) * scale_t_ld + r / 128].
 extern "C" __global__ void __launch_bounds__(kThreads, 4)
-    permute_to_channel(const u8* __restrict__ data, const float* __restrict__ scale, int scale_ld,
+    permute_to_channel(const u8* __restrict__ data, int pitch, const float* __restrict__ scale,
+                       int scale_row_step, int scale_block_step,
                        const int* __restrict__ slot_of_row, u32 multiplier, int shift, int columns,
                        int capacity, u8* __restrict__ rows_out, float* __restrict__ rows_scale,
                        int rows_scale_ld, u8* __restrict__ data_t, float* __restrict__ scale_t,
@@ -62,14 +64,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4)
     for (int i = 0; i < 8; ++i) {
       int slot = element_of(i < 4 ? low : high, i & 3);
       i64 token = divide(max(slot, 0), multiplier, shift);
-      copy_async_16(own + i * kTilePitch, source + token * columns, slot < 0 || !inside);
+      copy_async_16(own + i * kTilePitch, source + token * pitch, slot < 0 || !inside);
     }
     copy_async_commit();
   }
   if (warp * 128 < width) {
     i64 block = column0 / 128 + warp;
-    gather_scales(scales[warp], slots, scale + block * scale_ld, multiplier, shift,
-                  kWithRows ? rows_scale + block * rows_scale_ld + row0 : nullptr);
+    gather_scales(scales[warp], slots, scale + block * scale_block_step, scale_row_step, multiplier,
+                  shift, kWithRows ? rows_scale + block * rows_scale_ld + row0 : nullptr);
   }
   copy_async_wait<0>();
   if (kWithRows && inside) {

@@ -12,6 +12,7 @@ from fp8moe.kernels.reference.cast import (
     transpose_per_block,
 )
 from fp8moe.kernels.reference.dequantize import dequantize_per_block, dequantize_per_token
+from fp8moe.kernels.reference.dispatch import dispatch_maps, dispatch_routing
 from fp8moe.kernels.reference.gemm import (
     gemm_nt,
     k_grouped_gemm,
@@ -22,6 +23,7 @@ from fp8moe.kernels.reference.gemm import (
 from fp8moe.kernels.reference.permute import (
     cast_permute,
     cast_permute_both,
+    cast_permute_into,
     cast_permute_to_channel,
     gather_slots,
     gather_sum,
@@ -29,7 +31,9 @@ from fp8moe.kernels.reference.permute import (
     permute_fp8_both,
     permute_fp8_to_channel,
     permute_rows,
+    permute_rows_into,
     route,
+    route_kept,
 )
 from fp8moe.kernels.reference.swiglu import (
     swiglu_backward_cast,
@@ -46,9 +50,12 @@ __all__ = [
     "cast_per_token",
     "cast_permute",
     "cast_permute_both",
+    "cast_permute_into",
     "cast_permute_to_channel",
     "dequantize_per_block",
     "dequantize_per_token",
+    "dispatch_maps",
+    "dispatch_routing",
     "gather_slots",
     "gather_sum",
     "gemm_nt",
@@ -60,7 +67,9 @@ __all__ = [
     "permute_fp8_both",
     "permute_fp8_to_channel",
     "permute_rows",
+    "permute_rows_into",
     "route",
+    "route_kept",
     "swiglu_backward_cast",
     "swiglu_backward_rows",
     "swiglu_cast",

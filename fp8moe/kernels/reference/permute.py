@@ -79,6 +79,18 @@ def route(
     return row_of_slot.view(t, k), slot_of_row, group_ends.int(), counts.int()
 
 
+def route_kept(
+    topk_ids: torch.Tensor, num_experts: int, kept: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`route` with slot_of_row for `kept` slots, and the rows of these in slot order."""
+    row_of_slot, slot_of_row, group_ends, counts = route(topk_ids, num_experts)
+    kept_row = row_of_slot[row_of_slot >= 0]
+    if len(kept_row) != kept:
+        raise ValueError(f"topk_ids: expected {kept} slots that are kept, got {len(kept_row)}")
+    capacity = padded_capacity(kept, num_experts)
+    return row_of_slot, slot_of_row[:capacity], group_ends, counts, kept_row
+
+
 def _take_rows(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int) -> torch.Tensor:
     """out[r] = x[slot_of_row[r] // topk]; zero in padding, undefined past the last group."""
     out = x.new_empty((slot_of_row.numel(), x.shape[1]))
@@ -97,6 +109,14 @@ def permute_rows(
 ) -> torch.Tensor:
     """out[row_of_slot[t, k]] = x[t]; zero in padding, undefined past the last group."""
     return _take_rows(x, slot_of_row, row_of_slot.shape[1])
+
+
+def permute_rows_into(
+    x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor, out: torch.Tensor
+) -> None:
+    """out = permute_rows(x, ...), but for what lies past the last group."""
+    used = used_rows(slot_of_row)
+    out[:used] = permute_rows(x, row_of_slot, slot_of_row)[:used]
 
 
 def _take_fp8_rows(
@@ -188,6 +208,21 @@ def cast_permute(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """permute_fp8(cast_per_token(x))."""
     return permute_fp8(*cast_per_token(x, pow2), row_of_slot, slot_of_row)
+
+
+def cast_permute_into(
+    x: torch.Tensor,
+    row_of_slot: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    pow2: bool,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+) -> None:
+    """data, scale = cast_permute(...), but for the padding and what lies past the last group."""
+    rows, row_scale = cast_permute(x, row_of_slot, slot_of_row, pow2)
+    real = (slot_of_row >= 0).nonzero().flatten()
+    as_bytes(data)[real] = as_bytes(rows)[real]
+    scale[real] = row_scale[real]
 
 
 def cast_permute_to_channel(

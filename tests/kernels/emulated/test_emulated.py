@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fp8moe import testing
-from fp8moe.kernels import cast, cast_permute, gather, permute, reference, routing
+from fp8moe.kernels import cast, cast_permute, dispatch, gather, permute, reference, routing
 from fp8moe.kernels.fp8tensor import ceil_div
 
 Start = Callable[..., torch.Tensor]
@@ -139,10 +139,65 @@ def test_route(
         routing._route_cuda(ids.to(ids_dtype), experts), expected, strict=True
     ):
         assert_same(actual, wanted)
+    kept_row = expected[0][expected[0] >= 0]
+    *maps, rows = routing._route_kept_cuda(ids.to(ids_dtype), experts, len(kept_row))
+    assert_same(rows, kept_row)
+    expected[1] = expected[1][: len(maps[1])]
+    for actual, wanted in zip(maps, expected, strict=True):
+        assert_same(actual, wanted)
     assert not status.any()
     ids[0, 0] = experts + 1
     routing._route_cuda(ids.to(ids_dtype), experts)
     assert status[:4].tolist() == [3, 0, experts + 1, experts]
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize(
+    ("tokens", "topk", "experts", "ranks"),
+    [(0, 2, 4, 2), (1, 1, 1, 1), (41, 3, 6, 3), (1100, 2, 300, 150), (900, 7, 8, 2)],
+)
+def test_dispatch(
+    emulated: Start, ids_dtype: torch.dtype, tokens: int, topk: int, experts: int, ranks: int
+) -> None:
+    ids = torch.randint(0, experts + 1, (tokens, topk), dtype=ids_dtype)
+    ids[3:4] = torch.tensor([-1, experts + 1] * 4, dtype=ids_dtype)[:topk]
+    emulated(dispatch)
+    expected = reference.dispatch_maps(ids, experts, ranks, [4, 5])
+    *maps, sizes = dispatch._maps_cuda(ids, experts, ranks, [4, 5])
+    assert_same(sizes[0], expected[4][0])
+    for actual, wanted in zip(maps, expected, strict=False):
+        assert_same(actual, wanted)
+    if tokens:
+        weights = torch.rand(tokens, topk)
+        got, wanted = torch.full((2, len(maps[3]), 2 * topk + 3), 9, dtype=torch.int32)
+        args = ids, weights, maps[1], experts // ranks
+        dispatch._routing_cuda(*args, got[:, 2:-1])
+        reference.dispatch_routing(*args, wanted[:, 2:-1])
+        assert_same(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("(first ? 0 : 1)", "0"),
+        ("if (other >= begin && other < end) first = false", "(void)other"),
+        ("place += earlier[i]", "place += 0"),
+        ("peers & firsts & lanes_before()", "peers & lanes_before()"),
+    ],
+    ids=["shared row", "first", "earlier", "rows"],
+)
+def test_a_planted_error_in_the_dispatch_is_seen(
+    emulated: Start, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str
+) -> None:
+    plant(monkeypatch, right, wrong)
+    emulated(dispatch)
+    ids = torch.randint(0, 17, (900, 7))
+    expected = reference.dispatch_maps(ids, 16, 8, [])
+    with pytest.raises((AssertionError, RuntimeError)):
+        for actual, wanted in zip(
+            dispatch._maps_cuda(ids, 16, 8, [])[:4], expected[:4], strict=True
+        ):
+            assert_same(actual, wanted)
 
 
 def used_rows(slot_of_row: torch.Tensor) -> int:
@@ -155,14 +210,27 @@ def test_permute_rows_and_gather_sum(emulated: Start, topk: int, hidden: int) ->
     emulated(permute, gather)
     x = values(90, hidden)
     used = used_rows(slot_of_row)
-    rows = permute._permute_rows_cuda(x, row_of_slot, slot_of_row)
-    assert_same(rows[:used], reference.permute_rows(x, row_of_slot, slot_of_row)[:used])
+    apart = torch.full((90, hidden + 24), 9, dtype=x.dtype)[:, 8:-16].copy_(x)
+    for source in (x, apart):
+        rows = permute._permute_rows_cuda(source, row_of_slot, slot_of_row)
+        assert_same(rows[:used], reference.permute_rows(x, row_of_slot, slot_of_row)[:used])
     finite = torch.randn(len(slot_of_row), hidden).bfloat16()
     total = gather._gather_sum_cuda(finite, row_of_slot)
     assert_same(total, reference.gather_sum(finite, row_of_slot))
     partials = torch.randn(3, len(slot_of_row))
     sums = gather._gather_slots_cuda(partials, row_of_slot)
     assert_same(sums, reference.gather_slots(partials, row_of_slot))
+
+
+def in_packets(data: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies as parts of the rows of a message, with other things around them."""
+    rows, columns = data.shape
+    packet = torch.full((rows, ceil_div(columns + 4 * scale.shape[1] + 8, 16) * 16), 0x55).byte()
+    parts = (
+        packet.view(data.dtype)[:, :columns],
+        packet.view(torch.float32)[:, columns // 4 : columns // 4 + scale.shape[1]],
+    )
+    return parts[0].copy_(data), parts[1].copy_(scale)
 
 
 @pytest.mark.parametrize(
@@ -177,18 +245,21 @@ def test_permute_fp8(emulated: Start, pow2_in: bool, pow2: bool, spread: int) ->
     data, scale = reference.cast_per_token(x.bfloat16(), pow2_in)
     used = used_rows(slot_of_row)
     expected = reference.permute_fp8_both(data, scale, slot_of_row, 2, pow2)
-    rows = permute._permute_fp8_cuda(data, scale, row_of_slot, slot_of_row)
-    channels = permute._permute_fp8_to_channel_cuda(data, scale, slot_of_row, 2, pow2, False)
-    both = permute._permute_fp8_both_cuda(data, scale, slot_of_row, 2, pow2)
-    for actual in ((*rows, *channels), both):
-        for got, wanted, at in zip(
-            actual,
-            expected,
-            [(slice(used),), (slice(used),)]
-            + [(slice(None), slice(n)) for n in (used, used // 128)],
-            strict=True,
-        ):
-            assert_same(got[at], wanted[at])
+    for x8 in ((data, scale), in_packets(data, scale)):
+        assert_same(x8[0], data)
+        assert_same(x8[1], scale)
+        rows = permute._permute_fp8_cuda(*x8, row_of_slot, slot_of_row)
+        channels = permute._permute_fp8_to_channel_cuda(*x8, slot_of_row, 2, pow2, False)
+        both = permute._permute_fp8_both_cuda(*x8, slot_of_row, 2, pow2)
+        for actual in ((*rows, *channels), both):
+            for got, wanted, at in zip(
+                actual,
+                expected,
+                [(slice(used),), (slice(used),)]
+                + [(slice(None), slice(n)) for n in (used, used // 128)],
+                strict=True,
+            ):
+                assert_same(got[at], wanted[at])
 
 
 @pytest.mark.parametrize(("topk", "hidden"), [(1, 128), (3, 1408)])
@@ -200,13 +271,18 @@ def test_cast_permute(emulated: Start, pow2: bool, spread: int, topk: int, hidde
     x[:, 17] = 0
     x[5, 7] = math.nan
     x = x.bfloat16()
-    emulated(cast_permute, permute)
+    emulated(cast, cast_permute, permute)
     used = used_rows(slot_of_row)
     real = slot_of_row[:used] >= 0
     expected = reference.cast_permute_both(x, slot_of_row, topk, pow2)
     rows = cast_permute._rows_cuda(x, row_of_slot, slot_of_row, pow2)
-    for got, wanted in zip(rows, expected[:2], strict=True):
-        assert_same(got[:used][real], wanted[:used][real])
+    sent = in_packets(*map(torch.zeros_like, rows))
+    cast_permute.launch_rows(x, row_of_slot, slot_of_row, pow2, *sent)
+    wide = in_packets(*map(torch.zeros_like, rows))
+    cast_permute.launch_rows(x.float(), row_of_slot, slot_of_row, pow2, *wide)
+    for actual in (rows, sent, wide):
+        for got, wanted in zip(actual, expected[:2], strict=True):
+            assert_same(got[:used][real], wanted[:used][real])
     channels = cast_permute._channel_cuda(x, slot_of_row, topk, pow2, False)
     both = cast_permute._both_cuda(x, slot_of_row, topk, pow2)
     for got, wanted in zip(both[:2], expected[:2], strict=True):
