@@ -114,11 +114,15 @@ ASYNCHRONOUS = {
         "setmaxnreg",
     ),
     "",
+) | dict.fromkeys(
+    # One block at a time is emulated: no clusters.
+    ("cluster", "st.shared.v4.f32", "bar.sync"),
+    'emulator::fail("not emulated", nullptr, 0)',
 )
 
 _ASM = re.compile(r"\basm\s*(?:volatile)?\s*\(")
 _ENTRY = re.compile(
-    r'extern "C" __global__ void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\('
+    r'extern "C" __global__ void\s+(?:CLUSTER\s+)?(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\('
 )
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
