@@ -18,7 +18,6 @@ def saved_bytes(forward: Callable[[], torch.Tensor]) -> int:
         found: dict[int, int] = {}
         keep: list[object] = []
 
-        @torch.compiler.disable
         def pack(t: torch.Tensor) -> torch.Tensor:
             storage = t.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
@@ -29,7 +28,6 @@ def saved_bytes(forward: Callable[[], torch.Tensor]) -> int:
             keep.append(forward())
         return found, keep
 
-    forward()  # a compiled part whose first call had hooks around it would stay uncompiled
     first, keep_first = storages()
     second, keep_second = storages()
     del keep_first, keep_second

@@ -102,7 +102,9 @@ def calls_of(step: Callable[[], object], ids: torch.Tensor, num_experts: int) ->
     counts = torch.bincount(ids.flatten(), minlength=num_experts)[:num_experts]
     used = int(((counts + 127) // 128 * 128).sum())
     step()  # cached copies of weights
-    with _Recorder(padded_capacity(ids.numel(), num_experts), used, int(counts.sum())) as recorder:
+    recorder = _Recorder(padded_capacity(ids.numel(), num_experts), used, int(counts.sum()))
+    # What torch.compile meets under a dispatch mode it would leave uncompiled from then on.
+    with torch.compiler.set_stance("force_eager"), recorder:
         step()
     return recorder.calls
 

@@ -8,7 +8,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from fp8moe.integrations.deepspeed_checkpoint import check_deepspeed_checkpoint
 
 from ..pretrain.clock import resident_bytes
 from ..pretrain.config import Config, UserError
-from ..pretrain.data import Batch, Loader, load_corpus
+from ..pretrain.data import Batch, Corpus, Loader, load_corpus
+from ..pretrain.run import check_same_data
 from .model import LanguageModel
 from .options import SETTINGS, Options, Request, read
 
@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         deepspeed = _import_deepspeed()
         config = _shape(request)
         corpus = load_corpus(config)
+        loader = Loader(corpus, config)
+        _check_text(request, corpus, loader)
         _start(deepspeed)
         rank = torch.distributed.get_rank()
         run = Run(request, config, rank)
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.restore(engine)
         else:
             run.create(corpus.summary())
-        run.train(engine, Loader(corpus, config))
+        run.train(engine, loader)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -76,6 +78,17 @@ def _shape(request: Request) -> Config:
     return request.options.shape(
         device.split(":")[0], config["train_micro_batch_size_per_gpu"], micro_batches
     )
+
+
+def _check_text(request: Request, corpus: Corpus, loader: Loader) -> None:
+    if request.resume:
+        check_same_data(json.loads((request.out / SETTINGS).read_text(encoding="utf-8")), corpus)
+    batches = len(list(loader.validation()))
+    if batches < request.world_size:
+        raise UserError(
+            f"--eval-batches: expected held-out text for {request.world_size} processes, "
+            f"got {batches} micro-batches"
+        )
 
 
 def _start(deepspeed: Any) -> None:
@@ -117,6 +130,7 @@ class Run:
         self.request, self.config, self.rank = request, config, rank
         self.options: Options = request.options
         self.checkpoints = request.out / "checkpoints"
+        self.metrics = request.out / "metrics.jsonl"
         self.first_loss: float | None = None
         self.checkpoint_seconds: list[float] = []
 
@@ -124,7 +138,7 @@ class Run:
         torch.distributed.barrier()  # every process has looked at the folder by now
         if self.rank == 0:
             self.request.out.mkdir(parents=True, exist_ok=True)
-            self._write(SETTINGS, self.request.settings() | {"corpus": corpus})
+            self._write(SETTINGS, self.request.settings() | {"data": corpus})
         torch.distributed.barrier()
 
     def restore(self, engine: Any) -> None:
@@ -134,6 +148,9 @@ class Run:
             raise UserError(f"--resume: {error}") from error
         _, client = engine.load_checkpoint(str(self.checkpoints))
         self.first_loss = client["first_loss"]
+        if self.rank == 0 and self.metrics.exists():
+            # What was written after the checkpoint is written again.
+            os.truncate(self.metrics, client["metrics_bytes"])
         self._print(f"resumed at step {engine.global_steps}")
 
     def train(self, engine: Any, loader: Loader) -> None:
@@ -170,7 +187,8 @@ class Run:
         every = self.options.checkpoint_every
         if every and (step % every == 0 or step == self.options.steps):
             started = time.perf_counter()
-            state = {"first_loss": self.first_loss}
+            written = self.metrics.stat().st_size if self.metrics.exists() else 0
+            state = {"first_loss": self.first_loss, "metrics_bytes": written}
             engine.save_checkpoint(str(self.checkpoints), f"step_{step}", state)
             self.checkpoint_seconds.append(time.perf_counter() - started)
 
@@ -189,11 +207,6 @@ class Run:
         """Mean loss on the held-out text, the same number of micro-batches on each process."""
         world = self.request.world_size
         batches = list(loader.validation())
-        if len(batches) < world:
-            raise UserError(
-                f"--eval-batches: expected held-out text for {world} processes, "
-                f"got {len(batches)} micro-batches"
-            )
         mine = batches[: len(batches) // world * world][self.rank :: world]
         engine.eval()
         with torch.no_grad():
@@ -206,20 +219,20 @@ class Run:
             memory = torch.cuda.max_memory_allocated()
         last = self.validate(engine, loader)
         assert self.first_loss is not None
+        rate = self.config.tokens_per_step / statistics.mean(times) if times else None
         summary = {
             "experts": self.options.experts,
             "steps": engine.global_steps,
             "validation_loss_before": self.first_loss,
             "validation_loss_after": last,
-            "tokens_per_second": self.config.tokens_per_step
-            / statistics.mean(times or [float("nan")]),
+            "tokens_per_second": rate,
             "peak_memory_bytes": memory,
             "checkpoint_seconds": self.checkpoint_seconds,
         }
+        speed = f"{rate:,.0f} tokens/s" if rate else f"no step after the first {WARM} to time"
         self._print(
             f"validation loss after: {last:.4f} nats per byte, before: {self.first_loss:.4f}\n"
-            f"{summary['tokens_per_second']:,.0f} tokens/s, "
-            f"peak memory {memory / 2**30:.2f} GiB a process"
+            f"{speed}, peak memory {memory / 2**30:.2f} GiB a process"
         )
         if self.checkpoint_seconds:
             self._print(
@@ -237,7 +250,7 @@ class Run:
 
     def _record(self, **values: Any) -> None:
         if self.rank == 0:
-            with Path(self.request.out, "metrics.jsonl").open("a", encoding="utf-8") as file:
+            with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
 
     def _print(self, text: str) -> None:

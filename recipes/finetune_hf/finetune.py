@@ -54,7 +54,7 @@ def finetune(
     model = models.load_model(settings)
     if precision == "fp8":
         models.use_fp8_experts(model)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = models.count_parameters(model)
     if settings.lora:
         model = _attach_adapters(model, settings)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

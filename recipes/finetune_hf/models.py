@@ -79,6 +79,13 @@ def use_fp8_experts(model: nn.Module) -> None:
         raise UserError("--model: the model has expert layers that fp8moe cannot replace, or none")
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Weights of the model, those of frozen FP8 experts included, which are no nn.Parameters."""
+    frozen = (m for m in model.modules() if isinstance(m, fp8moe.FrozenExperts))
+    experts = sum(m.w13.data.numel() + m.w2.data.numel() for m in frozen)
+    return experts + sum(p.numel() for p in model.parameters())
+
+
 def attention_projections(model: nn.Module) -> list[str]:
     """Full names of the linear layers inside attention blocks."""
     return [

@@ -110,6 +110,20 @@ def test_operators_of_many_experts_a_token_are_known():
     assert {"cast_per_token", "permute_fp8_to_channel"} <= {c.label for c in calls}
 
 
+def test_a_compiled_layer_stays_compiled_when_its_operators_are_recorded():
+    compilations = []
+
+    def backend(graph, _):
+        compilations.append(graph)
+        return graph.forward
+
+    layer = torch.compile(lambda x: torch.nn.functional.silu(x) * x, backend=backend)
+    x = torch.randn(8, 16)
+    traffic.calls_of(lambda: layer(x), torch.zeros(8, 1, dtype=torch.int64), 1)
+    layer(torch.randn(8, 16, 4))  # would be left as it is
+    assert len(compilations) == 2
+
+
 @pytest.mark.parametrize("name", FP8MOE)
 def test_recorded_operators_and_their_bytes(name):
     inputs = make_inputs(SHAPE, CPU)

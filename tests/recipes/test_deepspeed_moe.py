@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -106,8 +107,10 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    data = shutil.copytree(text, tmp_path / "text")
+
     def run(name: str, *more: str) -> list[str]:
-        where = ["--data", str(text), "--out", str(tmp_path / name)]
+        where = ["--data", str(data), "--out", str(tmp_path / name)]
         return ["-m", "recipes.deepspeed_moe", *TINY.split(), *where, *more]
 
     start(run("straight", "--steps", "6", "--checkpoint-every", "0"))
@@ -115,6 +118,10 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
     summary = json.loads((tmp_path / "straight" / "summary.json").read_text())
     assert summary["checkpoint_seconds"] == []
     start(run("stopped", "--steps", "3"))
+    summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
+    assert summary["tokens_per_second"] is None  # JSON has no NaN
+    with (tmp_path / "stopped" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "los')  # what a run that was killed wrote after its checkpoint
     assert "resumed at step 3" in start(run("stopped", "--steps", "6", "--resume"))
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
     losses = [line["loss"] for line in metrics(tmp_path / "straight")]
@@ -129,6 +136,9 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
     assert "is not empty" in refused()
     assert "--d-expert: expected 128" in refused("--resume", "--d-expert", "256")
     assert "--experts: expected fp8" in refused("--resume", "--experts", "deepspeed")
+    with next(data.iterdir()).open("a") as file:
+        file.write("another text")
+    assert "the text has changed since the run began" in refused("--resume", "--steps", "6")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "world_size: expected 1" in refused("--resume")
     assert read(run("new", "--experts", "bf16")[2:]).options.experts == "bf16"
@@ -175,12 +185,18 @@ def test_bad_requests_are_refused(
     [
         ("--d-expert 24", "--d-expert: expected a multiple of 16"),
         ("--top-k 5", "--top-k: expected"),
+        ("--eval-batches 1", "--eval-batches: expected held-out text for 2 processes, got 1"),
     ],
 )
 def test_bad_models_are_refused(
-    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("deepspeed", reason="needs DeepSpeed")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     out = tmp_path / "run"
     assert main(["--preset", "cpu", "--out", str(out), *arguments.split()]) == 2
     assert message in capsys.readouterr().err and not out.exists()

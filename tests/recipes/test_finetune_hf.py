@@ -163,6 +163,7 @@ def test_training_goes_on_from_what_a_run_left(arguments, tmp_path):
         assert sorted(path.name for path in folder.iterdir()) == made
         run = json.loads((folder / "report.json").read_text())["runs"]["fp8"]
         assert run["loss_before"] == pytest.approx(first["loss_after"], abs=0.02)
+        assert run["parameters"] == first["parameters"]  # frozen FP8 weights count too
         if mode == "--lora":
             experts = folder / "adapters" / "experts" / "adapter_model.safetensors"
             attention = folder / "adapters" / "attention" / "adapter_model.safetensors"
