@@ -94,6 +94,10 @@ class Tile:
     block_n: int
     splits: int = 1
 
+    def __str__(self) -> str:
+        split = f"/{self.splits}" if self.splits > 1 else ""
+        return f"{self.block_m}x{self.block_n}{split}"
+
     @property
     def consumers(self) -> int:
         """Consumer warpgroups: 64 rows of the tile each, two sharing the columns of 64 rows."""
