@@ -224,7 +224,7 @@ def measure(s: Shape, search: bool, iterations: int, sustained: bool) -> list[di
     case = prepare(s)
     chosen = heuristics.choose(case.problem, gemm.num_sms(0))
     configs = list(configurations(case.problem, gemm.num_sms(0))) if search else [chosen]
-    names = {f"{t.block_m}x{t.block_n}": (t, b) for t, b in configs}
+    names = {str(t): (t, b) for t, b in configs}
     for name, config in names.items():
         testing.poison(case.run(config))
         case.run(config)

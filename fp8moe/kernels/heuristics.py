@@ -38,6 +38,7 @@ _MAX_STAGES = 12
 
 _MEMORY_BYTES_PER_CLOCK = 1900.0  # whole chip: 3.0 TB/s at 1.6 GHz
 _LAUNCH = 3000.0
+_EXCHANGE = 1500.0
 
 # (cost, epilogue of a BF16 output) by block_m, block_n.
 _COST = {
@@ -84,10 +85,18 @@ class Problem:
 
 @dataclass(frozen=True)
 class Tile:
-    """One compiled configuration: the rows and columns that a CTA computes at a time."""
+    """One compiled configuration: the rows and columns that a CTA computes at a time.
+
+    ``splits`` CTAs, a cluster, compute a part of the contraction of a tile each.
+    """
 
     block_m: int
     block_n: int
+    splits: int = 1
+
+    def __str__(self) -> str:
+        split = f"/{self.splits}" if self.splits > 1 else ""
+        return f"{self.block_m}x{self.block_n}{split}"
 
     @property
     def consumers(self) -> int:
@@ -124,11 +133,25 @@ class Tile:
 
 _LARGE = (Tile(128, 256), Tile(128, 192), Tile(128, 128), Tile(192, 128))
 _SHORT = (Tile(64, 32), Tile(64, 64), Tile(64, 128), Tile(64, 256))
+_SPLIT = tuple(
+    Tile(m, n, s)
+    for m, n, splits in (
+        (64, 32, (2, 4, 8)),
+        (64, 64, (2, 4, 8)),
+        (64, 128, (2, 4)),
+        (64, 256, (2,)),
+        (128, 128, (2, 4)),
+        (128, 256, (2,)),
+    )
+    for s in splits
+)
 
 
 def candidates(grouping: Grouping) -> tuple[Tile, ...]:
     """Every tile that is shipped for a grouping."""
-    return _LARGE if grouping == Grouping.K_GROUPED else _LARGE + _SHORT
+    if grouping == Grouping.K_GROUPED:
+        return _LARGE
+    return _LARGE + _SHORT + (_SPLIT if grouping == Grouping.DENSE else ())
 
 
 def _ceil(a: float, b: int) -> int:
@@ -153,14 +176,25 @@ def max_tiles(p: Problem, t: Tile) -> int:
     return rows * columns * (1 if p.grouping == Grouping.DENSE else p.groups)
 
 
+def grid(p: Problem, t: Tile, num_sms: int) -> int:
+    """CTAs to launch: one for each SM, or for each part of a tile that is split."""
+    tiles = max_tiles(p, t)
+    return min(num_sms, tiles) if t.splits == 1 else tiles * t.splits
+
+
 def estimate(p: Problem, t: Tile, num_sms: int) -> float:
     """Estimated clock cycles of problem ``p`` with tile ``t`` (see the module's table)."""
     k_blocks = _ceil(p.k / (p.groups if p.grouping == Grouping.K_GROUPED else 1), BLOCK_K)
     cost, epilogue = _COST[t.block_m, t.block_n]
     tiles, _ = _tiles(p, t)
-    waves = _ceil(tiles, num_sms)
     block = cost * t.block_m * t.block_n / 32
     epilogue *= 1.0 if p.output == Output.BF16 else _FP32_OUTPUT
+    if t.splits > 1:
+        tiles *= t.splits
+        k_blocks = _ceil(k_blocks, t.splits)
+        epilogue = epilogue / t.splits + _EXCHANGE + t.block_m * t.block_n / 16
+        num_sms = num_sms // 16 * 16  # clusters lie within the 16 or 18 SMs of a GPC
+    waves = _ceil(tiles, num_sms)
 
     touched = {Output.BF16: 2, Output.F32: 4, Output.ADD: 8}[p.output]
     outputs = p.groups if p.grouping in (Grouping.K_GROUPED, Grouping.MASKED) else 1

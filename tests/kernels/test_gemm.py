@@ -159,8 +159,8 @@ def test_the_gate_rejects_what_a_global_similarity_lets_pass():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", heuristics.candidates(Grouping.DENSE), ids=str)
-def test_every_tile_of_the_forward_gemm(tile):
+@pytest.mark.parametrize("tile", heuristics.candidates(Grouping.M_GROUPED), ids=str)
+def test_every_tile_of_the_grouped_gemm(tile):
     """Odd tile grids, ragged edges in every direction, rings shorter than K."""
     sizes, n, k = [0, 129, 1, 0, 384, 130, 7], 776, 1296
     rows = sum(sizes)
@@ -170,14 +170,28 @@ def test_every_tile_of_the_forward_gemm(tile):
     p = Problem(Grouping.M_GROUPED, Output.BF16, rows, n, k, len(sizes))
     for band in (1, 3, 16):
         out = _poisoned((rows, n), "cuda")
-        config = (tile, band)
-        gemm._launch(p, a.data, a.scale, b.data, b.scale, ends, out, config)
+        gemm._launch(p, a.data, a.scale, b.data, b.scale, ends, out, (tile, band))
         assert testing.worst_row_error(out, exact) < GATE_BF16
-    dense = Problem(Grouping.DENSE, Output.BF16, rows, n, k)
-    out = _poisoned((rows, n), "cuda")
-    gemm._launch(dense, a.data, a.scale, b.data[1], b.scale[1], None, out, (tile, 2))
-    exact = testing.oracle_gemm_nt(a, FP8Tensor(b.data[1], b.scale[1]))
-    assert testing.worst_row_error(out, exact) < GATE_BF16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", heuristics.candidates(Grouping.DENSE), ids=str)
+@pytest.mark.parametrize("k", [1296, 400, 112])
+@pytest.mark.parametrize("m", [651, 3])
+def test_every_tile_of_the_dense_gemm(tile, m, k):
+    """Also parts of a split tile that are uneven or have nothing to contract."""
+    n = 776
+    a, b = _operand(m, k, "cuda"), _weights(1, n, k, "cuda")
+    b = FP8Tensor(b.data[0], b.scale[0])
+    p = Problem(Grouping.DENSE, Output.BF16, m, n, k)
+    exact = testing.oracle_gemm_nt(a, b)
+    first = None
+    for _ in range(3):
+        out = _poisoned((m, n), "cuda")
+        gemm._launch(p, a.data, a.scale, b.data, b.scale, None, out, (tile, 2))
+        assert testing.worst_row_error(out, exact) < GATE_BF16
+        assert first is None or torch.equal(out, first)
+        first = out
 
 
 @pytest.mark.gpu

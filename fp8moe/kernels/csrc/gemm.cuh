@@ -11,11 +11,12 @@
 // consumer warp is done with it). The ring runs on across tiles, so the next tile's operands are already on their way
 // while the consumers store this one. README.md one folder up draws it.
 //
-// Constants rendered before this file: GROUPING, OUTPUT, BLOCK_M (64 | 128 | 192), BLOCK_N, STAGES,
-// ASYNC_STORE, for OUTPUT_SWIGLU also POW2. Shapes are arguments, so some dozens of compiled kernels serve every model.
+// Constants rendered before this file: GROUPING, OUTPUT, BLOCK_M (64 | 128 | 192), BLOCK_N, SPLITS (CTAs that share a
+// tile, see split_k.cuh), STAGES, ASYNC_STORE, for OUTPUT_SWIGLU also POW2. Shapes are arguments, so some dozens of compiled kernels serve every model.
 #include "ptx.cuh"
 #include "scheduler.cuh"
 #include "promote.cuh"
+#include "split_k.cuh"
 #if OUTPUT == 3  // OUTPUT_SWIGLU
 #include "epilogue_swiglu.cuh"
 #else
@@ -45,8 +46,15 @@ constexpr int TABLE_AT = BARRIERS_AT + 2 * STAGES * 8;
 static_assert(BLOCK_M == 64 || BLOCK_M == 128 || BLOCK_M == 192, "a consumer warpgroup computes 64 rows");
 static_assert(A_BYTES % 1024 == 0 && B_BYTES % 1024 == 0, "the swizzle repeats every 1024 bytes");
 static_assert(HALVES * WGMMA_N == GROUP_N, "whole wgmma tiles");
+static_assert(SPLITS == 1 || BLOCK_M * BLOCK_N * 4 <= STAGING_AT, "split sums lie where the stages were");
+static_assert(SPLITS == 1 || (GROUPING == DENSE && CONSUMER_WARPS % SPLITS == 0), "an owner for each warp's sums");
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+#if SPLITS > 1
+#define CLUSTER __cluster_dims__(SPLITS, 1, 1)
+#else
+#define CLUSTER
+#endif
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
 gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
      const __grid_constant__ TensorMap map_d, const float* __restrict__ scale_a, const float* __restrict__ scale_b,
      const Destination d, const int* __restrict__ groups, int* status, int m, int n, int k, int num_groups, int band,
@@ -73,7 +81,8 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
     __syncthreads();
 
     Scheduler scheduler(problem, table);
-    const int first_tile = blockIdx.x, step = gridDim.x;
+    // Split tiles: a cluster computes one and ends, so that its stages are free for the sums.
+    const int first_tile = blockIdx.x / SPLITS, step = gridDim.x;
     int stage = 0;
     u32 phase = 0;
     const auto advance = [&] {
@@ -176,6 +185,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     promote(sum[half], part, scales);
                 }
             }
+            if (SPLITS > 1 && !add_parts(sum, base, CONSUMER_WARPS * 32)) continue;
             store(sum, smem + STAGING_AT + warp * STAGING_BYTES, &map_d, d, problem, t, warp_row, group_column);
         }
         if (ASYNC_STORE && lane == 0) bulk_wait_read<0>();  // shared memory must outlive the stores

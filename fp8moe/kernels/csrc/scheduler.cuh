@@ -121,6 +121,11 @@ struct Scheduler {
             t.k_block = group == 0 ? 0 : table[group - 1];
             t.num_k_blocks = table[group] - t.k_block;
         } else {
+            if (SPLITS > 1) {
+                const int rank = cluster_rank(), blocks = t.num_k_blocks;
+                t.k_block = blocks * rank / SPLITS;
+                t.num_k_blocks = blocks * (rank + 1) / SPLITS - t.k_block;
+            }
             t.a_row = (GROUPING == MASKED ? group * p.m : start) + m0;
             t.b_row = group * p.n + n0;
             t.d_row = t.a_row;

@@ -88,37 +88,45 @@ PTX = {
 
 # The asynchronous instructions, by a part of their text; in terms of the names that csrc/ptx.cuh
 # gives its parameters.
-ASYNCHRONOUS = {
-    "mbarrier.init": "emulator::barrier_init(bar, count)",
-    "mbarrier.arrive.expect_tx": "emulator::barrier_update(bar, 1, bytes)",
-    "mbarrier.arrive.shared": "emulator::barrier_update(bar, 1, 0)",
-    "mbarrier.try_wait": "emulator::barrier_wait(bar, parity)",
-    "cp.async.mbarrier.arrive.noinc": "emulator::barrier_update(bar, 1, 0)",
-    "cp.async.ca.shared.global [%0], [%1], 4, %2": (
-        "emulator::copy_async<unsigned>(dst, src, valid ? 4 : 0)"
-    ),
-    "cp.async.bulk.tensor.2d.shared": "emulator::tma_load(dst, map, x, y, bar)",
-    "cp.async.bulk.tensor.2d.global": "emulator::tma_store(map, src, x, y)",
-    "cp.reduce.async.bulk.tensor.2d.global": "emulator::tma_add(map, src, x, y)",
-    "wgmma.mma_async": "emulator::wgmma(d, a, b, accumulate)",
-    "red.relaxed.gpu.global.add.v4": "dst[0] += v.x, dst[1] += v.y, dst[2] += v.z, dst[3] += v.w",
-} | dict.fromkeys(
-    (
-        "fence.",
-        "prefetch.tensormap",
-        "cp.async.bulk.commit_group",
-        "cp.async.bulk.wait_group",
-        "wgmma.fence",
-        "wgmma.commit_group",
-        "wgmma.wait_group",
-        "setmaxnreg",
-    ),
-    "",
+ASYNCHRONOUS = (
+    {
+        "mbarrier.init": "emulator::barrier_init(bar, count)",
+        "mbarrier.arrive.expect_tx": "emulator::barrier_update(bar, 1, bytes)",
+        "mbarrier.arrive.shared": "emulator::barrier_update(bar, 1, 0)",
+        "mbarrier.try_wait": "emulator::barrier_wait(bar, parity)",
+        "cp.async.mbarrier.arrive.noinc": "emulator::barrier_update(bar, 1, 0)",
+        "cp.async.ca.shared.global [%0], [%1], 4, %2": (
+            "emulator::copy_async<unsigned>(dst, src, valid ? 4 : 0)"
+        ),
+        "cp.async.bulk.tensor.2d.shared": "emulator::tma_load(dst, map, x, y, bar)",
+        "cp.async.bulk.tensor.2d.global": "emulator::tma_store(map, src, x, y)",
+        "cp.reduce.async.bulk.tensor.2d.global": "emulator::tma_add(map, src, x, y)",
+        "wgmma.mma_async": "emulator::wgmma(d, a, b, accumulate)",
+        "red.relaxed.gpu.global.add.v4": "dst[0] += v.x, dst[1] += v.y, dst[2] += v.z, dst[3] += v.w",
+    }
+    | dict.fromkeys(
+        (
+            "fence.",
+            "prefetch.tensormap",
+            "cp.async.bulk.commit_group",
+            "cp.async.bulk.wait_group",
+            "wgmma.fence",
+            "wgmma.commit_group",
+            "wgmma.wait_group",
+            "setmaxnreg",
+        ),
+        "",
+    )
+    | dict.fromkeys(
+        # One block at a time is emulated: no clusters.
+        ("cluster", "st.shared.v4.f32", "bar.sync"),
+        'emulator::fail("not emulated", nullptr, 0)',
+    )
 )
 
 _ASM = re.compile(r"\basm\s*(?:volatile)?\s*\(")
 _ENTRY = re.compile(
-    r'extern "C" __global__ void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\('
+    r'extern "C" __global__ void\s+(?:CLUSTER\s+)?(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\('
 )
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
