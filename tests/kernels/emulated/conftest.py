@@ -102,7 +102,9 @@ ASYNCHRONOUS = (
         "cp.async.bulk.tensor.2d.global": "emulator::tma_store(map, src, x, y)",
         "cp.reduce.async.bulk.tensor.2d.global": "emulator::tma_add(map, src, x, y)",
         "wgmma.mma_async": "emulator::wgmma(d, a, b, accumulate)",
-        "red.relaxed.gpu.global.add.v4": "dst[0] += v.x, dst[1] += v.y, dst[2] += v.z, dst[3] += v.w",
+        "red.relaxed.gpu.global.add.v4": (
+            "dst[0] += v.x, dst[1] += v.y, dst[2] += v.z, dst[3] += v.w"
+        ),
     }
     | dict.fromkeys(
         (
@@ -126,7 +128,8 @@ ASYNCHRONOUS = (
 
 _ASM = re.compile(r"\basm\s*(?:volatile)?\s*\(")
 _ENTRY = re.compile(
-    r'extern "C" __global__ void\s+(?:CLUSTER\s+)?(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\('
+    r'extern "C" __global__ void\s+(?:CLUSTER\s+)?'
+    r"(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\("
 )
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
