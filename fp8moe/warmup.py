@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fp8moe.kernels import cast, cast_permute, gemm, gemm_swiglu, heuristics, permute, swiglu
+from fp8moe.kernels import (
+    cast,
+    cast_permute,
+    gemm,
+    gemm_swiglu,
+    gemm_swiglu_backward,
+    heuristics,
+    permute,
+    swiglu,
+)
 from fp8moe.kernels.fp8tensor import BLOCK, padded_capacity
 from fp8moe.kernels.heuristics import Grouping, Output, Problem
 from fp8moe.kernels.jit import KernelSpec
@@ -32,7 +41,7 @@ def layer_problems(shape: LayerShape, tokens: int) -> set[Problem]:
 
 def all_specs() -> list[KernelSpec]:
     """Every kernel configuration that is shipped."""
-    modules = (gemm, gemm_swiglu, cast, cast_permute, permute, swiglu)
+    modules = (gemm, gemm_swiglu, gemm_swiglu_backward, cast, cast_permute, permute, swiglu)
     return [spec for module in modules for spec in module.kernel_specs()]
 
 

@@ -12,12 +12,18 @@
 // while the consumers store this one. README.md one folder up draws it.
 //
 // Constants rendered before this file: GROUPING, OUTPUT, BLOCK_M (64 | 128 | 192), BLOCK_N, STAGES,
-// ASYNC_STORE, for OUTPUT_SWIGLU also POW2. Shapes are arguments, so some dozens of compiled kernels serve every model.
+// ASYNC_STORE, for the SwiGLU outputs also POW2. Shapes are arguments, so some dozens of compiled kernels serve every model.
 #include "ptx.cuh"
 #include "scheduler.cuh"
 #include "promote.cuh"
+#if OUTPUT >= 3  // a header is rendered where it is first included, which must hold for both
+#include "activation.cuh"
+#include "panel.cuh"
+#endif
 #if OUTPUT == 3  // OUTPUT_SWIGLU
 #include "epilogue_swiglu.cuh"
+#elif OUTPUT == 4  // OUTPUT_SWIGLU_BACKWARD
+#include "epilogue_swiglu_backward.cuh"
 #else
 #include "epilogue.cuh"
 #endif
@@ -161,7 +167,12 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     scales.load(scales_a, scales_b, warp_row + lane / 4, column, offset);
                     const bool last = half == HALVES - 1;
                     const int used = stage;
-                    if (half == 0 && kb == 0) look_ahead();
+                    if (half == 0 && kb == 0) {
+                        look_ahead();
+#if OUTPUT == 4
+                        prefetch(smem + STAGING_AT, d, problem, t, warp_row);
+#endif
+                    }
                     if (last) {
                         advance();
                         stage_a = stage == 0 ? first_a : stage_a + (STAGE_BYTES >> 4);
@@ -176,7 +187,11 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     promote(sum[half], part, scales);
                 }
             }
+#if OUTPUT == 4
+            store(sum, smem + STAGING_AT, d, problem, t, warp_row);
+#else
             store(sum, smem + STAGING_AT + warp * STAGING_BYTES, &map_d, d, problem, t, warp_row, group_column);
+#endif
         }
         if (ASYNC_STORE && lane == 0) bulk_wait_read<0>();  // shared memory must outlive the stores
     }

@@ -171,6 +171,7 @@ enum StatusCode {
   kGroupEndsExceedRows = 2,
   kExpertOutOfRange = 3,
   kGroupSizeOutOfRange = 4,
+  kGroupEndUnaligned = 5,
 };
 
 // Words 1-3 are the details; word 0 is written last, so a host that sees it sees them too.

@@ -162,6 +162,16 @@ DEVICE void store_matrix_x4(u32 dst, u32 r0, u32 r1, u32 r2, u32 r3) {  // 9.7.1
                  "r"(r2), "r"(r3)
                  : "memory");
 }
+// Each matrix is transposed on the way: the address of lane 8 i + r is that of column r of matrix i.
+DEVICE void store_matrix_x4_transposed(u32 dst, u32 r0, u32 r1, u32 r2, u32 r3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(dst), "r"(r0), "r"(r1),
+                 "r"(r2), "r"(r3)
+                 : "memory");
+}
+template <int COUNT>  // 9.7.13.1 barrier, one of the 16 of a CTA other than __syncthreads's, for COUNT threads
+DEVICE void named_barrier(int id) {
+    asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "n"(COUNT) : "memory");
+}
 DEVICE void reduce_add_v4(float* dst, float4 v) {  // 9.7.13.13 red; one owner per address, so deterministic
     asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(dst), "f"(v.x), "f"(v.y), "f"(v.z),
                  "f"(v.w)

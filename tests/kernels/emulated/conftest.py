@@ -82,6 +82,10 @@ PTX = {
     "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};": (
         "emulator::store_matrix(%0, {%1, %2, %3, %4})"
     ),
+    "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};": (
+        "emulator::store_matrix_transposed(%0, {%1, %2, %3, %4})"
+    ),
+    "": "",
     "cp.async.commit_group;": "",
     "cp.async.wait_group %0;": "",
 }
@@ -97,6 +101,7 @@ ASYNCHRONOUS = {
     "cp.async.ca.shared.global [%0], [%1], 4, %2": (
         "emulator::copy_async<unsigned>(dst, src, valid ? 4 : 0)"
     ),
+    "barrier.sync.aligned": "emulator::meet(emulator::named[id], COUNT)",
     "cp.async.bulk.tensor.2d.shared": "emulator::tma_load(dst, map, x, y, bar)",
     "cp.async.bulk.tensor.2d.global": "emulator::tma_store(map, src, x, y)",
     "cp.reduce.async.bulk.tensor.2d.global": "emulator::tma_add(map, src, x, y)",
