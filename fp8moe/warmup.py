@@ -67,6 +67,7 @@ def layer_specs(
     if shape.hidden % BLOCK == 0 and shape.intermediate % BLOCK == 0:  # the fused path
         for pow2 in (False, True):
             specs[gemm_swiglu.spec(pow2, shape.experts)] = None
+            specs[gemm_swiglu_backward.spec(pow2)] = None
     for module in (cast, cast_permute, permute, swiglu):
         specs.update(dict.fromkeys(module.kernel_specs()))
     return list(specs)

@@ -34,6 +34,20 @@ def fusion_backward_part(shape: Shape, effort: Effort, device: torch.device) -> 
     return _at_sizes(_backward, shape, effort, device)
 
 
+def backward_apart(
+    a: FP8Tensor,
+    b: FP8Tensor,
+    group_ends: torch.Tensor,
+    h: FP8Tensor,
+    topk_weights: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    pow2: bool,
+) -> Results:
+    """m_grouped_gemm_swiglu_backward in two kernels."""
+    da = m_grouped_gemm_nt(a, b, group_ends)
+    return swiglu.swiglu_backward_cast(*h, da, topk_weights, slot_of_row, pow2)
+
+
 def _at_sizes(
     compare: Callable[[Shape, Effort, torch.device], Rows],
     shape: Shape,
@@ -80,9 +94,7 @@ def _backward(shape: Shape, effort: Effort, device: torch.device) -> Rows:
     ways = {
         "m_grouped_gemm_nt": lambda: m_grouped_gemm_nt(dy, w2_t, ends, out=da),
         "swiglu_backward_cast": lambda: swiglu.swiglu_backward_cast(*h, da, weights, slots, True),
-        BACKWARD_APART: lambda: swiglu.swiglu_backward_cast(
-            *h, m_grouped_gemm_nt(dy, w2_t, ends), weights, slots, True
-        ),
+        BACKWARD_APART: lambda: backward_apart(dy, w2_t, ends, h, weights, slots, True),
         BACKWARD_FUSED: lambda: m_grouped_gemm_swiglu_backward(
             dy, w2_t, ends, h, weights, slots, True
         ),

@@ -217,7 +217,8 @@ def _backward_fake(
     slot_of_row: torch.Tensor,
     pow2: bool,
 ) -> Backward:
-    return backward_outputs(*da.shape, h.device)
+    rows, columns = da.shape
+    return backward_outputs(rows, columns, h.device)
 
 
 def backward_outputs(rows: int, columns: int, device: torch.device) -> Backward:
