@@ -27,9 +27,14 @@ TILE = Tile(128, 256)
 STAGES = 3
 """One less than the BF16 output has with few groups: the staging takes 71 KiB instead of 32."""
 
+# The order of the operands' rows in shared memory, for which see csrc/epilogue_swiglu_backward.cuh:
+# of 16 rows of A the even ones first; row 8 i + 2 q + e of 64 of B is row 16 q + 2 i + e.
+_ORDER_A = ((8, 2), (2, 1))
+_ORDER_B = ((2, 1), (4, 16), (8, 2))
+
 _OUTPUT_SWIGLU_BACKWARD = 4  # as in csrc/scheduler.cuh
 
-# struct Staging of csrc/epilogue_swiglu_backward.cuh: panels and values of 16 rows for each of the
+# struct Staging of csrc/epilogue_swiglu_backward.cuh: h and values of 16 rows for each of the
 # eight warps, two transposed buffers, column maxima, inverse scales, maxima of the activation.
 _ROWS_BYTES = 2 * 16 * BLOCK + 4 * 4 * 16
 _STAGING_BYTES = 8 * _ROWS_BYTES + 2 * BLOCK * BLOCK + 8 * 4 * BLOCK + 2 * 4 * BLOCK + 8 * 4
@@ -104,7 +109,7 @@ def _launch(
     check_aligned(h=h)
     dh, dh_scale, dh_t, dh_t_scale, aw_t, aw_t_scale, dprob_partial = out
     band, grid = _walk(m, n, k, groups, gemm.num_sms(a.get_device()))
-    map_a = gemm.operand_map(a, TILE.block_m)
+    map_a = gemm.operand_map(a, TILE.block_m, _ORDER_A)
     # struct Destination of csrc/epilogue_swiglu_backward.cuh.
     destination = struct.pack(
         "@11P3i4x",
@@ -128,7 +133,7 @@ def _launch(
         128 * (TILE.consumers + 1),
         [
             map_a,
-            gemm.operand_map(b, TILE.block_n),
+            gemm.operand_map(b, TILE.block_n, _ORDER_B),
             map_a,  # of a BF16 output; the kernel does not look at it
             a_scale,
             b_scale,

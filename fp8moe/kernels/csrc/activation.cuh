@@ -32,16 +32,13 @@ __device__ __forceinline__ float weight_of_row(float loaded, int i) {
 struct Pair {
   float value[2];
 };
-// From E4M3, in the low 16 bits.
-__device__ __forceinline__ Pair pair_of_e4m3(u32 bytes, float scale) {
-  u32 halves = e4m3x2_to_f16x2(bytes);
+__device__ __forceinline__ Pair pair_of_f16(u32 halves, float scale) {
   return {f16_to_float(halves) * scale, f16_to_float(halves >> 16) * scale};
 }
 
-// Pairs of columns: dg, du and aw as packed bf16, and the sum of da * a.
+// Pairs of columns: dg, du and aw as packed bf16, and da * a summed into dprob.
 __device__ __forceinline__ void backward_pair(const Pair& g, const Pair& u, u32 da, float p, u32& dg,
                                               u32& du, u32& aw, float& dprob) {
-  dprob = 0.0f;
   float value[3][2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {

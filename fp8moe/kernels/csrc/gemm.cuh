@@ -18,7 +18,7 @@
 #include "promote.cuh"
 #if OUTPUT >= 3  // a header is rendered where it is first included, which must hold for both
 #include "activation.cuh"
-#include "panel.cuh"
+#include "pairs.cuh"
 #endif
 #if OUTPUT == 3  // OUTPUT_SWIGLU
 #include "epilogue_swiglu.cuh"
@@ -96,8 +96,13 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     mbarrier_wait(empty(stage), phase ^ 1);
                     mbarrier_arrive_expect_tx(full(stage), STAGE_BYTES);
                     const u32 a = base + stage * STAGE_BYTES;
-                    tma_load(a, &map_a, kb * BLOCK_K, t.a_row, full(stage));
-                    tma_load(a + A_BYTES, &map_b, kb * BLOCK_K, t.b_row, full(stage));
+                    if (OUTPUT == OUTPUT_SWIGLU_BACKWARD) {  // rows in the order that its epilogue wants
+                        tma_load_groups_4d(a, &map_a, kb * BLOCK_K, t.a_row / 16, full(stage));
+                        tma_load_groups_5d(a + A_BYTES, &map_b, kb * BLOCK_K, t.b_row / 64, full(stage));
+                    } else {
+                        tma_load(a, &map_a, kb * BLOCK_K, t.a_row, full(stage));
+                        tma_load(a + A_BYTES, &map_b, kb * BLOCK_K, t.b_row, full(stage));
+                    }
                     if (OUTPUT == OUTPUT_SWIGLU)  // boxes of half the rows: the gate's, then up's
                         tma_load(a + A_BYTES + B_BYTES / 2, &map_b, kb * BLOCK_K, t.b_row + n / 2, full(stage));
                 }
@@ -146,6 +151,9 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
             if (t.num_k_blocks == 0) look_ahead();
             if (OUTPUT == OUTPUT_ADD && t.num_k_blocks == 0) continue;
             float sum[HALVES][WGMMA_N / 2] = {};
+#if OUTPUT == 4
+            int slot;
+#endif
             const int offset = t.column % 128;
             if (t.num_k_blocks > 0) mbarrier_wait(full(stage), phase);
 #pragma unroll 1
@@ -164,15 +172,14 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     wgmma_commit();
                     // While the tensor cores work: the scales, the next tile, the next stage.
                     Scales<WGMMA_N> scales;
-                    scales.load(scales_a, scales_b, warp_row + lane / 4, column, offset);
+                    scales.load(scales_a, scales_b, warp_row + first_row_of(lane), column, offset);
                     const bool last = half == HALVES - 1;
                     const int used = stage;
-                    if (half == 0 && kb == 0) {
-                        look_ahead();
+                    if (half == 0 && kb == 0) look_ahead();
 #if OUTPUT == 4
-                        prefetch(smem + STAGING_AT, d, problem, t, warp_row);
+                    if (half == 0 && kb == 0) slot = load_slot(d, t, warp_row);
+                    if (half == 1 && kb == 0) prefetch(smem + STAGING_AT, d, problem, t, warp_row, slot);
 #endif
-                    }
                     if (last) {
                         advance();
                         stage_a = stage == 0 ? first_a : stage_a + (STAGE_BYTES >> 4);

@@ -42,6 +42,19 @@ DEVICE void tma_load(u32 dst, const TensorMap* map, int x, int y, u32 bar) {
             "r"(dst), "l"(map), "r"(x), "r"(y), "r"(bar)
         : "memory");
 }
+// The same of maps whose rows are in groups (`row_order` of tma.py, with two and three axes); group: of the first row.
+DEVICE void tma_load_groups_4d(u32 dst, const TensorMap* map, int x, int group, u32 bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %3, %4}], "
+        "[%5];" ::"r"(dst), "l"(map), "r"(x), "r"(0), "r"(group), "r"(bar)
+        : "memory");
+}
+DEVICE void tma_load_groups_5d(u32 dst, const TensorMap* map, int x, int group, u32 bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%2, %3, %3, %3, %4}], [%5];" ::"r"(dst), "l"(map), "r"(x), "r"(0), "r"(group), "r"(bar)
+        : "memory");
+}
 // The way back: a box of shared memory to (x, y), in this thread's bulk group (9.7.9.27.5.3).
 DEVICE void tma_store(const TensorMap* map, u32 src, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(src),

@@ -31,7 +31,7 @@ struct RowResults {
 // Columns 2j and 2j + 1 of eight columns of h: bf16, or E4M3 in the first eight bytes.
 __device__ __forceinline__ Pair pair_of(const uint4& eight, int j, float scale) {
   if constexpr (kFp8H) {
-    return pair_of_e4m3(word_of(eight, j / 2) >> (16 * (j & 1)), scale);
+    return pair_of_f16(e4m3x2_to_f16x2(word_of(eight, j / 2) >> (16 * (j & 1))), scale);
   } else {
     return {bf16_low(word_of(eight, j)), bf16_high(word_of(eight, j))};
   }
@@ -95,21 +95,13 @@ __device__ __forceinline__ void cast_columns(u8* tile, int matrix, int chunk, u8
   __syncwarp();   // `inverses` may be written again
 }
 
-// The sum over the 16 lanes that share a row, of each lane's four pairs of columns: pair j of all lanes
-// first, then the four sums. A GEMM's epilogue, whose threads have one j each, can add in this order too.
-__device__ __forceinline__ float reduce_row_sum(const float (&pair)[4]) {
-  bool upper = threadIdx.x & 8;   // lanes that keep pairs 2 and 3
-  float sum[2];
-#pragma unroll
-  for (int j = 0; j < 2; ++j)
-    sum[j] = (upper ? pair[j + 2] : pair[j]) +
-             __shfl_xor_sync(kFullWarp, upper ? pair[j] : pair[j + 2], 8);
-  upper = threadIdx.x & 4;
-  float own = (upper ? sum[1] : sum[0]) + __shfl_xor_sync(kFullWarp, upper ? sum[0] : sum[1], 4);
-  own += __shfl_xor_sync(kFullWarp, own, 2);
-  own += __shfl_xor_sync(kFullWarp, own, 1);
-  own += __shfl_xor_sync(kFullWarp, own, 4);
-  return own + __shfl_xor_sync(kFullWarp, own, 8);
+// The sum over the 16 lanes that share a row, in an order that a GEMM's epilogue can keep: its threads have the columns of
+// lanes 0, 1, 8 and 9, or 2, 3, 10 and 11, and so on.
+__device__ __forceinline__ float reduce_row_sum(float sum) {
+  sum += __shfl_xor_sync(kFullWarp, sum, 8);
+  sum += __shfl_xor_sync(kFullWarp, sum, 1);
+  sum += __shfl_xor_sync(kFullWarp, sum, 4);
+  return sum + __shfl_xor_sync(kFullWarp, sum, 2);
 }
 
 // What belongs to a warp's eight consecutive rows: lanes 0-7 get the routing weights, and with E4M3
@@ -189,18 +181,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
     uint4 u = *chunk_at(tile, kUp, local, chunk);
     uint4 d = *chunk_at(tile, kDown, local, chunk);
     u32 dg[4], du[4], aw[4];
-    float dprob_pair[4];
+    float dprob = 0.0f;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       backward_pair(pair_of(g, j, gate_factor), pair_of(u, j, up_factor), word_of(d, j), weight,
-                    dg[j], du[j], aw[j], dprob_pair[j]);
+                    dg[j], du[j], aw[j], dprob);
     *chunk_at(tile, kGate, local, chunk) = make_uint4(dg[0], dg[1], dg[2], dg[3]);
     *chunk_at(tile, kUp, local, chunk) = make_uint4(du[0], du[1], du[2], du[3]);
     *chunk_at(tile, kDown, local, chunk) = make_uint4(aw[0], aw[1], aw[2], aw[3]);
     aw_max = max_u16x2(aw_max, amax_bf16x2(aw[0], aw[1], aw[2], aw[3]));
 
     u32 maxima = reduce_row_max(amax_bf16x8(dg) | amax_bf16x8(du) << 16);
-    float dprob = reduce_row_sum(dprob_pair);
+    dprob = reduce_row_sum(dprob);
     BlockScale gate_scale = block_scale<kPow2>(maxima << 16);
     BlockScale up_scale = block_scale<kPow2>(maxima & 0xFFFF0000u);
     i64 at = (i64)(row0 + local) * (2 * (i64)columns) + column;

@@ -38,6 +38,7 @@ PTX = {
     ),
     "max.u16x2 %0, %1, %2;": "%0 = emulator::max_u16x2(%1, %2)",
     "mul.rn.f16x2 %0, %1, %2;": "%0 = emulator::mul_f16x2(%1, %2)",
+    "mul.rn.bf16x2 %0, %1, %2;": "%0 = emulator::mul_bf16x2(%1, %2)",
     "max.NaN.xorsign.abs.bf16x2 %0, %1, %2;": "%0 = emulator::max_xorsign_abs_bf16x2(%1, %2)",
     "{ .reg .b32 x, y; abs.f16x2 x, %1; abs.f16x2 y, %2; max.NaN.f16x2 %0, x, y; }": (
         "%0 = emulator::max_abs_16x2(%1, %2, 0x7C00)"
@@ -103,6 +104,8 @@ ASYNCHRONOUS = {
     ),
     "barrier.sync.aligned": "emulator::meet(emulator::named[id], COUNT)",
     "cp.async.bulk.tensor.2d.shared": "emulator::tma_load(dst, map, x, y, bar)",
+    "cp.async.bulk.tensor.4d.shared": "emulator::tma_load(dst, map, x, group, bar)",
+    "cp.async.bulk.tensor.5d.shared": "emulator::tma_load(dst, map, x, group, bar)",
     "cp.async.bulk.tensor.2d.global": "emulator::tma_store(map, src, x, y)",
     "cp.reduce.async.bulk.tensor.2d.global": "emulator::tma_add(map, src, x, y)",
     "wgmma.mma_async": "emulator::wgmma(d, a, b, accumulate)",
@@ -294,11 +297,14 @@ def fake_tensor_map(
     box_rows: int,
     box_cols: int,
     swizzle: int,
+    row_order: tuple[tuple[int, int], ...] = (),
 ) -> tma.TensorMap:
     """Stands in for `tma.tensor_map`: struct FakeMap of tensor_core.h."""
     element = {"u8": 1, "bf16": 2, "f32": 4}[dtype]
     values = (pointer, rows, cols, row_stride_bytes, box_rows, box_cols, element, swizzle)
-    return tma.TensorMap(struct.pack("8q", *values).ljust(tma.TENSOR_MAP_BYTES, b"\0"))
+    axes = [*row_order, *[(1, 0)] * (3 - len(row_order))]
+    packed = struct.pack("8q6i", *values, *(n for axis in axes for n in axis))
+    return tma.TensorMap(packed.ljust(tma.TENSOR_MAP_BYTES, b"\0"))
 
 
 GUARD = 0xA5

@@ -272,6 +272,11 @@ inline uint32_t mul_f16x2(uint32_t a, uint32_t b) {
     return to_f16(from_f16(x) * from_f16(y));   // the product is exact in FP32
   });
 }
+inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+  return each16(a, b, [](uint16_t x, uint16_t y) {
+    return to_bf16(from_bf16(x) * from_bf16(y));   // the product is exact in FP32
+  });
+}
 // max.NaN of magnitudes: the larger one, or the canonical NaN; the sign is left out.
 inline uint32_t max_abs_16x2(uint32_t a, uint32_t b, uint16_t inf) {
   return each16(a, b, [=](uint16_t x, uint16_t y) {

@@ -129,21 +129,21 @@ def test_a_group_that_ends_within_a_block_is_reported_and_left_out(emulated: Sta
     ("right", "wrong"),
     [
         ("* d.h_scale_stride + first_row + r", "* d.h_scale_stride + first_row"),
-        ("(column + m * p.n) / 128 * d.h", "column / 128 * d.h"),
-        ("m * p.n, valid)", "m * p.n, true)"),
+        ("column / 128 + m * (p.n / 128)", "column / 128"),
+        ("group * 64, valid)", "group * 64, true)"),
         ("da[i] = 0;", ";"),
-        ("i % 2 * 8 + r * 8 * 128", "i % 2 * 8"),
-        ("sum[i] = left + pair(i + 8)", "sum[i] = left + pair(8 + (i ^ 1))"),
+        ("(r * 2 + m) * (i64)p.n", "m * (i64)p.n"),
+        ("word_of(g, j / 2) >> 16 * (j % 2)", "word_of(g, j / 2)"),
+        ("sum[2 * group + j / 4]", "sum[2 * group + j % 2]"),
         ("column + 128 < p.n) load_h", "column < p.n) load_h"),
         ("if (column >= p.n) break;", "if (column + 128 >= p.n) break;"),
         ("halve_max<8, 8>(m)", "halve_max<16, 8>(m)"),
-        (
-            "lane / 4 * 8 + lane % 4 + 4] = abs_bits_16x2(m[1])",
-            "lane / 4 * 8 + lane % 4 + 4] = m[0]",
-        ),
-        ("smem_address(buffer) + swizzle(lane, warp)", "smem_address(buffer) + swizzle(lane, 0)"),
-        ("bf16_low(bottom) * s.x", "bf16_low(bottom) * s.y"),
-        ("__byte_perm(v.x, v.y, 0x7531)", "__byte_perm(v.x, v.y, 0x6420)"),
+        ("abs_bits_16x2(m[0]), abs_bits_16x2(m[1])", "abs_bits_16x2(m[0]), m[1]"),
+        ("lane % 8 / 2 * 16 + lane / 8 * 2", "lane % 8 / 2 * 16 + lane / 8"),
+        ("lane % 2, warp)", "lane % 2, 0)"),
+        ("first.x, second.x, first.y", "first.x, first.y, second.x"),
+        ("k / 2 * 64 + k % 2 * 8) * 128", "k / 2 * 64 + k % 2 * 16) * 128"),
+        ("own_column(k / 2) + k % 2 * 8", "own_column(k / 2)"),
         ("which == 1 ? p.n / 128 : 0", "0"),
         ("s.aw_max[lane % WARPS]", "s.aw_max[warp]"),
         ("(const u16*>(s.column_max[w][matrix])", "(const u16*>(s.column_max[w][0])"),
@@ -151,12 +151,14 @@ def test_a_group_that_ends_within_a_block_is_reported_and_left_out(emulated: Sta
         ("d.dh_t + p.n * capacity + at", "d.dh_t + at"),
         ("da[i] = next[i]", "da[i] = da[i]"),
         ("block * (capacity / 128) + row_block", "block + row_block"),
+        ("kb * BLOCK_K, t.a_row / 16", "kb * BLOCK_K, t.a_row / 32"),
+        ("SECOND_ROW = OUTPUT == OUTPUT_SWIGLU_BACKWARD ? 1 : 8", "SECOND_ROW = 8"),
         ("named_barrier<COLUMN_THREADS>(1)", ""),
     ],
     ids=(
-        "row scale,up scale,zeros of h,padding of da,pair,sum,next half,last half,exchange,"
-        "maxima,chunk,inverse,order,up block,block maximum,matrix,channel,up rows,half,"
-        "activation block,barrier"
+        "row scale,up scale,zeros of h,padding of da,second row,pair,sum,next half,last half,"
+        "exchange,maxima,column,chunk,inverse,run,inverse of run,up block,block maximum,matrix,"
+        "channel,up rows,half,activation block,rows of a,scales of a,barrier"
     ).split(","),
 )
 def test_a_planted_error_is_seen(
