@@ -10,6 +10,7 @@ from fp8moe.kernels import (
     dispatch,
     gemm,
     gemm_swiglu,
+    gemm_swiglu_backward,
     heuristics,
     permute,
     swiglu,
@@ -41,7 +42,16 @@ def layer_problems(shape: LayerShape, tokens: int) -> set[Problem]:
 
 def all_specs() -> list[KernelSpec]:
     """Every kernel configuration that is shipped."""
-    modules = (gemm, gemm_swiglu, cast, cast_permute, permute, swiglu, dispatch)
+    modules = (
+        gemm,
+        gemm_swiglu,
+        gemm_swiglu_backward,
+        cast,
+        cast_permute,
+        permute,
+        swiglu,
+        dispatch,
+    )
     return [spec for module in modules for spec in module.kernel_specs()]
 
 
@@ -67,6 +77,7 @@ def layer_specs(
     if shape.hidden % BLOCK == 0 and shape.intermediate % BLOCK == 0:  # the fused path
         for pow2 in (False, True):
             specs[gemm_swiglu.spec(pow2, shape.experts)] = None
+            specs[gemm_swiglu_backward.spec(pow2)] = None
     for module in (cast, cast_permute, permute, swiglu, dispatch):
         specs.update(dict.fromkeys(module.kernel_specs()))
     return list(specs)

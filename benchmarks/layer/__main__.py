@@ -16,7 +16,7 @@ from benchmarks.layer.contenders import CONTENDERS, Layer, step
 from benchmarks.layer.workload import Shape, make_inputs, parse_shape
 from benchmarks.memory import SHAPES
 
-PARTS = ("time", "kernels", "weights", "fusion", "skew", "small", "host")
+PARTS = ("time", "kernels", "weights", "fusion", "fusion backward", "skew", "small", "host")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         "kernels": lambda s: parts.kernels_part(s, layers, effort, device),
         "weights": lambda s: parts.weights_part(s, effort, device),
         "fusion": lambda s: fusion.fusion_part(s, effort, device),
+        "fusion backward": lambda s: fusion.fusion_backward_part(s, effort, device),
         "skew": lambda s: parts.skew_part(s, layers, effort, device),
         "small": lambda s: parts.small_part(s, layers, effort, device),
         "host": lambda s: parts.host_part(s, layers, effort, device),

@@ -16,6 +16,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "permute_fp8_to_channel": ("permute_to_channel",),
     "m_grouped_gemm_nt": ("gemm",),
     "m_grouped_gemm_swiglu": ("gemm",),
+    "m_grouped_gemm_swiglu_backward": ("gemm",),
     "k_grouped_gemm": ("gemm",),
     "swiglu_cast_both": ("swiglu_cast",),
     **{
@@ -36,7 +37,8 @@ KERNELS: dict[str, tuple[str, ...]] = {
 }
 """The kernels that each operator of the fused layer launches, in order."""
 
-GEMMS = ("m_grouped_gemm_nt", "m_grouped_gemm_swiglu", "k_grouped_gemm")
+M_GROUPED = ("m_grouped_gemm_nt", "m_grouped_gemm_swiglu", "m_grouped_gemm_swiglu_backward")
+GEMMS = (*M_GROUPED, "k_grouped_gemm")
 
 
 @dataclass
@@ -80,7 +82,7 @@ class _Recorder(TorchDispatchMode):
         if name in ("gather_sum", "gather_slots"):  # padding rows are not read
             rows = args[0]
             size += self._bytes(rows) * (self._slots / self._used - 1)
-        if name in ("m_grouped_gemm_nt", "m_grouped_gemm_swiglu"):
+        if name in M_GROUPED:
             n, k = args[2].shape[1:]
             label, flops = f"{name} N={n} K={k}", 2.0 * self._slots * n * k
         if name == "k_grouped_gemm":

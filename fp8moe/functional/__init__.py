@@ -31,8 +31,8 @@ token once. Everything between two GEMMs is one pass over memory:
                                         (with many experts a token: cast x, then permute)
 
 Backward needs h and x. h is kept as `FP8Config.save` says; x is the caller's own tensor, alive
-anyway, and is cast a second time. With save="fp8" h never exists in BF16: SwiGLU and the casts are
-the epilogue of the GEMM.
+anyway, and is cast a second time. With save="fp8" neither h nor da' ever exists in BF16: SwiGLU,
+its backward pass and the casts are epilogues of the GEMMs.
 
 With a GEMM in BF16, or H or I not a multiple of 128, the layer is composed of the functions in
 unfused.py and of `grouped_linear`: the same mathematics, more passes.

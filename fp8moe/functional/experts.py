@@ -32,6 +32,7 @@ from fp8moe.functional.weight_cache import fp8_weight, held, hold
 from fp8moe.kernels.fp8tensor import BLOCK, FP8Tensor
 from fp8moe.kernels.gemm import m_grouped_gemm_nt
 from fp8moe.kernels.gemm_swiglu import m_grouped_gemm_swiglu
+from fp8moe.kernels.gemm_swiglu_backward import m_grouped_gemm_swiglu_backward
 from fp8moe.kernels.permute import gather_slots, gather_sum
 from fp8moe.kernels.swiglu import swiglu_backward_cast, swiglu_cast
 
@@ -191,15 +192,22 @@ def backward_rows(
         dy_t = dy.columns(slot_of_row, topk, pow2, block=False)
     if need_da:
         w2_t = held(*held_w[2:4], pow2=pow2_w, transposed=True)
-        da = m_grouped_gemm_nt(dyp8, w2_t, ends)
+    if need_da and h_scale is not None:
+        grads = m_grouped_gemm_swiglu_backward(
+            dyp8, w2_t, ends, FP8Tensor(h, h_scale), weights, slot_of_row, pow2
+        )
         del dyp8
     else:
-        # Only dw2 is asked for: the pass below makes (p a)^T, which does not depend on da.
-        da = torch.zeros((h.shape[0], h.shape[1] // 2), dtype=torch.bfloat16, device=h.device)
-    *dh8, dh_data_t, dh_scale_t, a_data_t, a_scale_t, dprob = swiglu_backward_cast(
-        h, h_scale, da, weights, slot_of_row, pow2
-    )
-    del h, h_scale, da
+        if need_da:
+            da = m_grouped_gemm_nt(dyp8, w2_t, ends)
+            del dyp8
+        else:
+            # Only dw2 is asked for: the pass below makes (p a)^T, which does not depend on da.
+            da = torch.zeros((h.shape[0], h.shape[1] // 2), dtype=torch.bfloat16, device=h.device)
+        grads = swiglu_backward_cast(h, h_scale, da, weights, slot_of_row, pow2)
+        del da
+    *dh8, dh_data_t, dh_scale_t, a_data_t, a_scale_t, dprob = grads
+    del h, h_scale, grads
     dh = FP8Tensor(*dh8)
     if need_da:
         report("dh", dh, row_of_slot)

@@ -81,7 +81,9 @@ def block_stride(scale: torch.Tensor) -> int:
     return scale.stride(-1) if scale.shape[-1] > 1 else 0
 
 
-def operand_map(t: torch.Tensor, box_rows: int) -> tma.TensorMap:
+def operand_map(
+    t: torch.Tensor, box_rows: int, row_order: tuple[tuple[int, int], ...] = ()
+) -> tma.TensorMap:
     """Blocks of box_rows x 128 of an FP8 operand, all its groups as one matrix."""
     k = t.shape[-1]
     return tma.tensor_map(
@@ -93,6 +95,7 @@ def operand_map(t: torch.Tensor, box_rows: int) -> tma.TensorMap:
         box_rows=box_rows,
         box_cols=BLOCK,
         swizzle=128,
+        row_order=row_order,
     )
 
 

@@ -109,7 +109,7 @@ class Tile:
         return self.block_n >= 128
 
     @property
-    def _stage_bytes(self) -> int:
+    def stage_bytes(self) -> int:
         scales_b = -(-self.block_n // 128 // 4) * 4
         operands = (self.block_m + self.block_n) * BLOCK_K
         return operands + (self.block_m + scales_b) * 4 + 16  # 16: the two barriers
@@ -123,11 +123,11 @@ class Tile:
     def stages(self, groups: int) -> int:
         """Pipeline depth: as many stages as fit beside staging and the group table."""
         free = SHARED_MEMORY - self._other_bytes(groups)
-        return min(_MAX_STAGES, free // self._stage_bytes)
+        return min(_MAX_STAGES, free // self.stage_bytes)
 
     def shared_memory(self, groups: int) -> int:
         """Bytes of dynamic shared memory, as laid out in csrc/gemm.cuh."""
-        stages = self.stages(groups) * self._stage_bytes
+        stages = self.stages(groups) * self.stage_bytes
         return stages + self._other_bytes(groups)
 
 

@@ -27,6 +27,7 @@ class Code(IntEnum):
     GROUP_ENDS_EXCEED_ROWS = 2
     EXPERT_ID_OUT_OF_RANGE = 3
     GROUP_SIZE_OUT_OF_RANGE = 4
+    GROUP_END_UNALIGNED = 5
 
 
 _MESSAGES: dict[int, str] = {
@@ -45,6 +46,9 @@ _MESSAGES: dict[int, str] = {
     Code.GROUP_SIZE_OUT_OF_RANGE: (
         "group_sizes: expected 0 <= size <= {limit} (the rows of a group), "
         "got group_sizes[{index}] = {value}"
+    ),
+    Code.GROUP_END_UNALIGNED: (
+        "group_ends: expected multiples of {limit}, got group_ends[{index}] = {value}"
     ),
 }
 

@@ -217,15 +217,19 @@ def _backward_fake(
     slot_of_row: torch.Tensor,
     pow2: bool,
 ) -> Backward:
-    capacity, columns = da.shape
+    rows, columns = da.shape
+    return backward_outputs(rows, columns, h.device)
+
+
+def backward_outputs(rows: int, columns: int, device: torch.device) -> Backward:
+    """What `swiglu_backward_cast` returns for da (rows, columns), uninitialised."""
     blocks = ceil_div(columns, BLOCK)
-    device = h.device
     return (
-        h.new_empty((capacity, 2 * columns), dtype=FP8_DTYPE),
-        empty_scale(capacity, ceil_div(2 * columns, BLOCK), device),
-        *empty_per_channel(2 * columns, capacity, device),
-        *empty_per_channel(columns, capacity, device, block=True),
-        h.new_empty((blocks, capacity), dtype=torch.float32),
+        torch.empty((rows, 2 * columns), dtype=FP8_DTYPE, device=device),
+        empty_scale(rows, ceil_div(2 * columns, BLOCK), device),
+        *empty_per_channel(2 * columns, rows, device),
+        *empty_per_channel(columns, rows, device, block=True),
+        torch.empty((blocks, rows), dtype=torch.float32, device=device),
     )
 
 

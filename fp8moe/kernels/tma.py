@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +36,7 @@ def tensor_map(
     box_rows: int,
     box_cols: int,
     swizzle: Literal[0, 128],
+    row_order: tuple[tuple[int, int], ...] = (),
 ) -> TensorMap:
     """The TMA descriptor of a rows x cols matrix read or written in box_rows x box_cols tiles.
 
@@ -49,13 +51,18 @@ def tensor_map(
         box_rows, box_cols: tile, 1 to 256 each; a tile row is a multiple of 16 bytes, and at most
             128 bytes when swizzled.
         swizzle: 0, or 128 for the 128-byte swizzle that wgmma reads.
+        row_order: how the rows of a group follow each other in shared memory, up to three axes of
+            (extent, stride in rows), the fastest first: ((8, 2), (2, 1)) takes the even rows of 16,
+            then the odd ones. The coordinate of rows then counts groups.
 
     Raises: ValueError naming the argument that TMA does not allow; DriverError without a driver.
 
     Source: PTX ISA, "Tensor Size, Strides and Box"; CUDA driver API, cuTensorMapEncodeTiled.
     """
     pointer = tensor_or_ptr if isinstance(tensor_or_ptr, int) else tensor_or_ptr.data_ptr()
-    return _tensor_map(pointer, dtype, rows, cols, row_stride_bytes, box_rows, box_cols, swizzle)
+    return _tensor_map(
+        pointer, dtype, rows, cols, row_stride_bytes, box_rows, box_cols, swizzle, row_order
+    )
 
 
 @functools.lru_cache(maxsize=8192)
@@ -68,6 +75,7 @@ def _tensor_map(
     box_rows: int,
     box_cols: int,
     swizzle: int,
+    row_order: tuple[tuple[int, int], ...],
 ) -> TensorMap:
     if dtype not in _ITEM_BYTES:
         raise ValueError(f"dtype: expected one of {', '.join(_ITEM_BYTES)}, got {dtype!r}")
@@ -94,6 +102,13 @@ def _tensor_map(
             f"box_cols: expected a multiple of 16 bytes{limit}, got {box_cols} {dtype} "
             f"= {box_bytes} bytes"
         )
+    extents = [extent for extent, _ in row_order]
+    group = math.prod(extents)
+    for name, extent in (("rows", rows), ("box_rows", box_rows)):
+        if extent % group:
+            raise ValueError(
+                f"{name}: expected a multiple of the {group} rows of row_order, got {extent}"
+            )
 
     cu = driver()
     types = {
@@ -109,12 +124,12 @@ def _tensor_map(
     def encode() -> tuple:
         return cu.cuTensorMapEncodeTiled(
             types[dtype],
-            2,
+            2 + len(row_order),
             pointer,
-            [cu.cuuint64_t(cols), cu.cuuint64_t(rows)],
-            [cu.cuuint64_t(row_stride_bytes)],
-            [cu.cuuint32_t(box_cols), cu.cuuint32_t(box_rows)],
-            [cu.cuuint32_t(1), cu.cuuint32_t(1)],
+            [cu.cuuint64_t(n) for n in (cols, *extents, rows // group)],
+            [cu.cuuint64_t(n * row_stride_bytes) for n in (*(s for _, s in row_order), group)],
+            [cu.cuuint32_t(n) for n in (box_cols, *extents, box_rows // group)],
+            [cu.cuuint32_t(1)] * (2 + len(row_order)),
             cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             swizzles[swizzle],
             cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

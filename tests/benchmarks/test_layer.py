@@ -13,7 +13,16 @@ from benchmarks.layer.contenders import BASELINE, CONTENDERS, FP8MOE, step, torc
 from benchmarks.layer.memory import peak_bytes, saved_bytes
 from benchmarks.layer.workload import ROUTINGS, Shape, make_inputs, parse_shape, route
 from fp8moe import testing
-from fp8moe.kernels import cast, cast_permute, gather, gemm, gemm_swiglu, permute, swiglu
+from fp8moe.kernels import (
+    cast,
+    cast_permute,
+    gather,
+    gemm,
+    gemm_swiglu,
+    gemm_swiglu_backward,
+    permute,
+    swiglu,
+)
 from fp8moe.kernels.fp8tensor import padded_capacity
 
 SHAPE = Shape(tokens=96, topk=2, experts=4, hidden=256, intermediate=128)
@@ -142,7 +151,7 @@ def test_recorded_operators_and_their_bytes(name):
 
 
 def test_every_kernel_of_the_table_exists():
-    modules = (cast, cast_permute, gather, gemm, gemm_swiglu, permute, swiglu)
+    modules = (cast, cast_permute, gather, gemm, gemm_swiglu, gemm_swiglu_backward, permute, swiglu)
     entries = {s.entry for m in modules for s in m.kernel_specs()}
     for names in traffic.KERNELS.values():
         assert set(names) <= entries
@@ -193,23 +202,34 @@ def test_command_prints_and_appends_every_part(tmp_path, capsys):
     assert all(line["gpu"] for line in lines)
 
 
-def test_fusion_compares_the_same_results():
-    rows = fusion.fusion_part(SHAPE._replace(tokens=600), parts.QUICK, CPU)
-    assert [(r["tokens"], r["op"]) for r in rows[3::4]] == [(n, fusion.FUSED) for n in (600, 512)]
+FUSIONS = [
+    (fusion.fusion_part, fusion.FUSED),
+    (fusion.fusion_backward_part, fusion.BACKWARD_FUSED),
+]
+
+
+@pytest.mark.parametrize(("part", "fused"), FUSIONS, ids=lambda v: v if isinstance(v, str) else "")
+def test_fusion_compares_the_same_results(part, fused):
+    rows = part(SHAPE._replace(tokens=600), parts.QUICK, CPU)
+    assert [(r["tokens"], r["op"]) for r in rows[3::4]] == [(n, fused) for n in (600, 512)]
     assert all(r["same bits"] and r["x apart"] > 0 for r in rows[3::4])
 
 
-def test_fusion_notices_other_results(monkeypatch):
-    right = fusion.m_grouped_gemm_swiglu
+@pytest.mark.parametrize(("part", "fused"), FUSIONS, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("which", [0, -1])
+def test_fusion_notices_other_results(part, fused, which, monkeypatch):
+    right = getattr(fusion, fused)
+    calls = []
 
     def wrong(*args):
-        data, *rest = right(*args)
-        data.view(torch.uint8)[0, 0] ^= 1
-        return data, *rest
+        results = right(*args)
+        calls.append(fused)
+        results[which][0, 0] = float("nan")
+        return results
 
-    monkeypatch.setattr(fusion, "m_grouped_gemm_swiglu", wrong)
-    rows = fusion.fusion_part(SHAPE, parts.QUICK, CPU)
-    assert rows[-1]["same bits"] is False
+    monkeypatch.setattr(fusion, fused, wrong)
+    rows = part(SHAPE, parts.QUICK, CPU)
+    assert calls and rows[-1]["same bits"] is False
 
 
 def test_a_part_that_fails_does_not_take_the_others_along(monkeypatch, capsys):

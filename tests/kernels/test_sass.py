@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from fp8moe.kernels import gemm, gemm_swiglu, jit, sass
+from fp8moe.kernels import gemm, gemm_swiglu, gemm_swiglu_backward, jit, sass
 from fp8moe.kernels.heuristics import Grouping, Output, Tile
 from tests.kernels.test_build import disassembly
 
@@ -16,6 +16,7 @@ SPECS = [
     gemm.spec(Grouping.DENSE, Output.BF16, Tile(64, 64), 1),
     gemm.spec(Grouping.K_GROUPED, Output.ADD, Tile(128, 192), 8),
     gemm_swiglu.spec(True, 8),
+    gemm_swiglu_backward.spec(True),
 ]
 # (specification, promotion FFMAs of one k-block)
 PROMOTIONS = [
@@ -24,6 +25,7 @@ PROMOTIONS = [
     (gemm.spec(Grouping.K_GROUPED, Output.F32, Tile(128, 256), 8), 128),
     (gemm.spec(Grouping.K_GROUPED, Output.F32, Tile(192, 128), 8), 64),
     (SPECS[3], 128),
+    (SPECS[4], 128),
 ]
 _HEX = re.compile(r"/\* 0x[0-9a-f]{16} \*/")
 

@@ -37,6 +37,14 @@ GOOD_MAP = dict(
         ({"row_stride_bytes": 128}, "row_stride_bytes: .* from 256 .* got 128"),
         ({"box_rows": 257}, "box_rows: expected 1 to 256, got 257"),
         ({"box_cols": 0}, "box_cols: expected 1 to 256, got 0"),
+        (
+            {"row_order": ((8, 2), (2, 1))},
+            "rows: expected a multiple of the 16 rows of row_order, got 5",
+        ),
+        (
+            {"rows": 32, "box_rows": 8, "row_order": ((8, 2), (2, 1))},
+            "box_rows: expected a multiple of the 16 rows .*, got 8",
+        ),
         ({"swizzle": 64}, "swizzle: expected 0 or 128, got 64"),
         ({"box_cols": 24}, "box_cols: .* multiple of 16 bytes .*got 24 u8 = 24 bytes"),
         ({"box_cols": 144}, "box_cols: .* up to 128, got 144"),
@@ -92,10 +100,15 @@ def test_descriptor_is_encoded_once_per_argument_set(monkeypatch: pytest.MonkeyP
     first = tma.tensor_map(**GOOD_MAP)
     assert len(first.data) == 128 and tma.tensor_map(**GOOD_MAP) is first
     tma.tensor_map(**{**GOOD_MAP, "rows": 6})
+    tma.tensor_map(**{**GOOD_MAP, "rows": 160, "row_order": ((8, 2), (2, 1))})
     tma._tensor_map.cache_clear()
-    assert len(calls) == 2 and contexts == ["context 0"]
+    assert len(calls) == 3 and contexts == ["context 0"]
     dtype, rank, pointer, dims, strides, box, elements, _, swizzle, _, _ = calls[0]
     assert (dtype.name, rank, pointer) == ("CU_TENSOR_MAP_DATA_TYPE_UINT8", 2, 0x1000)
     assert [int(d) for d in dims] == [256, 5] and [int(s) for s in strides] == [256]
     assert [int(b) for b in box] == [128, 64] and [int(e) for e in elements] == [1, 1]
     assert swizzle.name == "CU_TENSOR_MAP_SWIZZLE_128B"
+    _, rank, _, dims, strides, box, elements, *_ = calls[2]
+    assert rank == 4 and [int(d) for d in dims] == [256, 8, 2, 10]
+    assert [int(s) for s in strides] == [512, 256, 4096]
+    assert [int(b) for b in box] == [128, 8, 2, 4] and [int(e) for e in elements] == [1] * 4

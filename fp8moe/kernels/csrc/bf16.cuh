@@ -14,6 +14,13 @@ __device__ __forceinline__ u32 max_magnitude_bf16x2(u32 a, u32 b) {
   return result;
 }
 
+// Two products, each rounded to bf16: exact by a power of two.
+__device__ __forceinline__ u32 multiply_bf16x2(u32 a, u32 b) {
+  u32 result;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
 // Largest magnitude in each half of four pairs of bf16.
 __device__ __forceinline__ u32 amax_bf16x2(u32 a, u32 b, u32 c, u32 d) {
   return abs_bits_16x2(max_magnitude_bf16x2(max_magnitude_bf16x2(a, b), max_magnitude_bf16x2(c, d)));

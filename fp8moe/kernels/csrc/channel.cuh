@@ -40,14 +40,7 @@ __device__ __forceinline__ u32 pack_f16x2(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
-// Four E4M3 values as two packed pairs of f16: exact. One block of PTX, as below, spares the
-// instructions that would split (or join) the 16-bit halves.
-__device__ __forceinline__ void e4m3x4_to_f16(u32 word, u32& low, u32& high) {
-  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
-      "cvt.rn.f16x2.e4m3x2 %0, low;\ncvt.rn.f16x2.e4m3x2 %1, high;\n}"
-      : "=r"(low), "=r"(high)
-      : "r"(word));
-}
+// One block of PTX spares the instructions that would join the 16-bit halves.
 __device__ __forceinline__ u32 f16_to_e4m3x4(u32 low, u32 high) {
   u32 word;
   asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f16x2 low, %1;\n"

@@ -11,6 +11,7 @@
 // a 16-byte chunk come out of shared memory in an order that four byte permutations put right.
 #pragma once
 #include "activation.cuh"
+#include "pairs.cuh"
 #include "scheduler.cuh"
 
 constexpr bool kPow2 = POW2;
@@ -26,23 +27,6 @@ struct Destination {
     const int* slot_of_row;  // negative: padding, zeros are written for it
     int scale_stride;
 };
-
-// A thread's bf16 pairs of one half: words 2 i and 2 i + 1 are columns 8 i + 2 (lane % 4) + {0, 1} of its two rows.
-typedef u32 Pairs[32];
-
-// Largest magnitude of row r (0 | 1) among this thread's pairs.
-DEVICE u32 amax_of_row(const Pairs& w, int r) {
-    u32 m = w[r];
-#pragma unroll
-    for (int i = 1; i < 16; ++i) m = max_magnitude_bf16x2(m, w[2 * i + r]);
-    return fold_max_16x2(abs_bits_16x2(m));
-}
-
-// Maxima over the four lanes that share a row, two at once.
-DEVICE u32 reduce_quad_max(u32 pair) {
-    pair = max_u16x2(pair, __shfl_xor_sync(kFullWarp, pair, 1));
-    return max_u16x2(pair, __shfl_xor_sync(kFullWarp, pair, 2));
-}
 
 // Casts chunks c and c + 1 of the warp's 16 rows into a panel, bytes in the order described above.
 DEVICE void write_chunks(u32 panel, const Pairs& w, int c, const BlockScale (&scale)[2]) {

@@ -12,13 +12,20 @@
 // while the consumers store this one. README.md one folder up draws it.
 //
 // Constants rendered before this file: GROUPING, OUTPUT, BLOCK_M (64 | 128 | 192), BLOCK_N, SPLITS (CTAs that share a
-// tile, see split_k.cuh), STAGES, ASYNC_STORE, for OUTPUT_SWIGLU also POW2. Shapes are arguments, so some dozens of compiled kernels serve every model.
+// tile, see split_k.cuh), STAGES, ASYNC_STORE, for the SwiGLU outputs also POW2. Shapes are arguments, so some dozens of
+// compiled kernels serve every model.
 #include "ptx.cuh"
 #include "scheduler.cuh"
 #include "promote.cuh"
 #include "split_k.cuh"
+#if OUTPUT >= 3  // a header is rendered where it is first included, which must hold for both
+#include "activation.cuh"
+#include "pairs.cuh"
+#endif
 #if OUTPUT == 3  // OUTPUT_SWIGLU
 #include "epilogue_swiglu.cuh"
+#elif OUTPUT == 4  // OUTPUT_SWIGLU_BACKWARD
+#include "epilogue_swiglu_backward.cuh"
 #else
 #include "epilogue.cuh"
 #endif
@@ -99,8 +106,13 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     mbarrier_wait(empty(stage), phase ^ 1);
                     mbarrier_arrive_expect_tx(full(stage), STAGE_BYTES);
                     const u32 a = base + stage * STAGE_BYTES;
-                    tma_load(a, &map_a, kb * BLOCK_K, t.a_row, full(stage));
-                    tma_load(a + A_BYTES, &map_b, kb * BLOCK_K, t.b_row, full(stage));
+                    if (OUTPUT == OUTPUT_SWIGLU_BACKWARD) {  // rows in the order that its epilogue wants
+                        tma_load_groups_4d(a, &map_a, kb * BLOCK_K, t.a_row / 16, full(stage));
+                        tma_load_groups_5d(a + A_BYTES, &map_b, kb * BLOCK_K, t.b_row / 64, full(stage));
+                    } else {
+                        tma_load(a, &map_a, kb * BLOCK_K, t.a_row, full(stage));
+                        tma_load(a + A_BYTES, &map_b, kb * BLOCK_K, t.b_row, full(stage));
+                    }
                     if (OUTPUT == OUTPUT_SWIGLU)  // boxes of half the rows: the gate's, then up's
                         tma_load(a + A_BYTES + B_BYTES / 2, &map_b, kb * BLOCK_K, t.b_row + n / 2, full(stage));
                 }
@@ -149,6 +161,9 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
             if (t.num_k_blocks == 0) look_ahead();
             if (OUTPUT == OUTPUT_ADD && t.num_k_blocks == 0) continue;
             float sum[HALVES][WGMMA_N / 2] = {};
+#if OUTPUT == 4
+            int slot;
+#endif
             const int offset = t.column % 128;
             if (t.num_k_blocks > 0) mbarrier_wait(full(stage), phase);
 #pragma unroll 1
@@ -167,10 +182,14 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     wgmma_commit();
                     // While the tensor cores work: the scales, the next tile, the next stage.
                     Scales<WGMMA_N> scales;
-                    scales.load(scales_a, scales_b, warp_row + lane / 4, column, offset);
+                    scales.load(scales_a, scales_b, warp_row + first_row_of(lane), column, offset);
                     const bool last = half == HALVES - 1;
                     const int used = stage;
                     if (half == 0 && kb == 0) look_ahead();
+#if OUTPUT == 4
+                    if (half == 0 && kb == 0) slot = load_slot(d, t, warp_row);
+                    if (half == 1 && kb == 0) prefetch(smem + STAGING_AT, d, problem, t, warp_row, slot);
+#endif
                     if (last) {
                         advance();
                         stage_a = stage == 0 ? first_a : stage_a + (STAGE_BYTES >> 4);
@@ -185,8 +204,12 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     promote(sum[half], part, scales);
                 }
             }
-            if (SPLITS > 1 && !add_parts(sum, base, CONSUMER_WARPS * 32)) continue;
+            if (SPLITS > 1 && !add_parts<CONSUMER_WARPS * 32>(sum, base)) continue;
+#if OUTPUT == 4
+            store(sum, smem + STAGING_AT, d, problem, t, warp_row);
+#else
             store(sum, smem + STAGING_AT + warp * STAGING_BYTES, &map_d, d, problem, t, warp_row, group_column);
+#endif
         }
         if (ASYNC_STORE && lane == 0) bulk_wait_read<0>();  // shared memory must outlive the stores
     }

@@ -149,6 +149,13 @@ __device__ __forceinline__ u32 e4m3x2_to_f16x2(u32 pair) {
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"((u16)pair));
   return halves;
 }
+// Four of them as two packed pairs. One block of PTX spares the instructions that would split them.
+__device__ __forceinline__ void e4m3x4_to_f16(u32 word, u32& low, u32& high) {
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\ncvt.rn.f16x2.e4m3x2 %1, high;\n}"
+      : "=r"(low), "=r"(high)
+      : "r"(word));
+}
 
 // ---------------------------------------------------------------------------------------------
 // Global memory. Guard loads with one branch around a whole tile's worth of them: a predicate on
@@ -171,6 +178,7 @@ enum StatusCode {
   kGroupEndsExceedRows = 2,
   kExpertOutOfRange = 3,
   kGroupSizeOutOfRange = 4,
+  kGroupEndUnaligned = 5,
 };
 
 // Words 1-3 are the details; word 0 is written last, so a host that sees it sees them too.

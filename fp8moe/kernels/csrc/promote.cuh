@@ -6,7 +6,7 @@
 // A wgmma accumulator of 64 x N gives a thread (lane l of warp w) rows 16 w + l / 4 and + 8, and of each 8 columns the
 // pair 2 (l % 4): registers 4 i + {0, 1} hold the first row, 4 i + {2, 3} the second (PTX ISA 9.7.15.5.1).
 #pragma once
-#include "ptx.cuh"
+#include "scheduler.cuh"
 
 // Scales of one stage in shared memory: BLOCK_M of A, then those of B.
 constexpr int NUM_B_SCALES = (BLOCK_N + 127) / 128;
@@ -29,6 +29,10 @@ DEVICE void copy_scales(u32 dst, const float* scale, int stride, int first, int 
 // 128-block.
 constexpr int SCALE_RUN = BLOCK_N % 128 != 0 && BLOCK_N > 128 ? 64 : 128;
 
+// Which of a warp's 16 rows are a thread's two: the accumulator's order, unless A's rows were loaded in another one.
+constexpr int SECOND_ROW = OUTPUT == OUTPUT_SWIGLU_BACKWARD ? 1 : 8;
+DEVICE int first_row_of(int lane) { return lane / 4 * (SECOND_ROW == 1 ? 2 : 1); }
+
 // The products of the scales of one accumulator, made while the tensor cores work.
 template <int COLUMNS>
 struct Scales {
@@ -41,7 +45,7 @@ struct Scales {
         for (int run = 0; run < RUNS; ++run) {
             const float block = scale_b[(offset + column + run * SCALE_RUN) / 128];
             row_0[run] = scale_a[row] * block;
-            row_1[run] = scale_a[row + 8] * block;
+            row_1[run] = scale_a[row + SECOND_ROW] * block;
         }
     }
 };

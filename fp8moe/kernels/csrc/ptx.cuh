@@ -42,6 +42,19 @@ DEVICE void tma_load(u32 dst, const TensorMap* map, int x, int y, u32 bar) {
             "r"(dst), "l"(map), "r"(x), "r"(y), "r"(bar)
         : "memory");
 }
+// The same of maps whose rows are in groups (`row_order` of tma.py, with two and three axes); group: of the first row.
+DEVICE void tma_load_groups_4d(u32 dst, const TensorMap* map, int x, int group, u32 bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %3, %4}], "
+        "[%5];" ::"r"(dst), "l"(map), "r"(x), "r"(0), "r"(group), "r"(bar)
+        : "memory");
+}
+DEVICE void tma_load_groups_5d(u32 dst, const TensorMap* map, int x, int group, u32 bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%2, %3, %3, %3, %4}], [%5];" ::"r"(dst), "l"(map), "r"(x), "r"(0), "r"(group), "r"(bar)
+        : "memory");
+}
 // The way back: a box of shared memory to (x, y), in this thread's bulk group (9.7.9.27.5.3).
 DEVICE void tma_store(const TensorMap* map, u32 src, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(src),
@@ -183,13 +196,22 @@ DEVICE void store_shared_v4(u32 address, float4 v) {
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                  : "memory");
 }
-DEVICE void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // ---- epilogue -------------------------------------------------------------------------------------------------------
 DEVICE void store_matrix_x4(u32 dst, u32 r0, u32 r1, u32 r2, u32 r3) {  // 9.7.14.5.16 stmatrix
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(dst), "r"(r0), "r"(r1),
                  "r"(r2), "r"(r3)
                  : "memory");
+}
+// Each matrix is transposed on the way: the address of lane 8 i + r is that of column r of matrix i.
+DEVICE void store_matrix_x4_transposed(u32 dst, u32 r0, u32 r1, u32 r2, u32 r3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(dst), "r"(r0), "r"(r1),
+                 "r"(r2), "r"(r3)
+                 : "memory");
+}
+template <int COUNT>  // 9.7.13.1 barrier, one of the 16 of a CTA other than __syncthreads's, for COUNT threads
+DEVICE void named_barrier(int id) {
+    asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "n"(COUNT) : "memory");
 }
 DEVICE void reduce_add_v4(float* dst, float4 v) {  // 9.7.13.13 red; one owner per address, so deterministic
     asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(dst), "f"(v.x), "f"(v.y), "f"(v.z),

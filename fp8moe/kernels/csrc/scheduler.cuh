@@ -9,7 +9,8 @@
 
 enum { DENSE = 0, M_GROUPED = 1, MASKED = 2, K_GROUPED = 3 };
 // What becomes of a tile. OUTPUT_SWIGLU: B[g] is [gate | up], and a tile has BLOCK_N / 2 columns of each.
-enum { OUTPUT_BF16 = 0, OUTPUT_F32 = 1, OUTPUT_ADD = 2, OUTPUT_SWIGLU = 3 };
+// OUTPUT_SWIGLU_BACKWARD: groups end at multiples of 128.
+enum { OUTPUT_BF16 = 0, OUTPUT_F32 = 1, OUTPUT_ADD = 2, OUTPUT_SWIGLU = 3, OUTPUT_SWIGLU_BACKWARD = 4 };
 
 // What an epilogue stages at a time: 16 rows x 128 bytes. swizzle: where 16-byte chunk c of row r lies in it, the 128-byte
 // swizzle of TMA, free of bank conflicts down a column of chunks and along a row.
@@ -62,6 +63,8 @@ DEVICE void fill_group_table(const Problem& p, int* table, int* status) {
             if (blockIdx.x == 0 && given != end) {
                 const int code = GROUPING == MASKED ? 4 : given < before ? 1 : 2;
                 report(status, code, g, given, code == 1 ? before : limit);
+            } else if (OUTPUT == OUTPUT_SWIGLU_BACKWARD && blockIdx.x == 0 && given % 128 != 0) {
+                report(status, 5, g, given, 128);
             }
         }
         for (int offset = 1; offset < 32; offset *= 2) {

@@ -6,12 +6,12 @@
 
 // Leaves this warp's sums in `memory`, that of the stages, whose operands all consumers must be done with; or, for its
 // owner, adds those of the others. True for the owner, which stores the tile.
-template <int HALVES, int REGISTERS>
-DEVICE bool add_parts(float (&sum)[HALVES][REGISTERS], u32 memory, int consumers) {
+template <int THREADS, int HALVES, int REGISTERS>
+DEVICE bool add_parts(float (&sum)[HALVES][REGISTERS], u32 memory) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = cluster_rank();
     const bool owner = warp % SPLITS == rank;
     const u32 first = memory + (warp * HALVES * REGISTERS * 32 + lane * 4) * 4;
-    named_barrier(1, consumers);
+    named_barrier<THREADS>(1);
     if (!owner) {
 #pragma unroll
         for (int half = 0; half < HALVES; ++half)

@@ -29,39 +29,12 @@ struct RowResults {
 };
 
 // Columns 2j and 2j + 1 of eight columns of h: bf16, or E4M3 in the first eight bytes.
-struct Pair {
-  float value[2];
-};
 __device__ __forceinline__ Pair pair_of(const uint4& eight, int j, float scale) {
   if constexpr (kFp8H) {
-    u32 halves = e4m3x2_to_f16x2(word_of(eight, j / 2) >> (16 * (j & 1)));
-    return {f16_to_float(halves) * scale, f16_to_float(halves >> 16) * scale};
+    return pair_of_f16(e4m3x2_to_f16x2(word_of(eight, j / 2) >> (16 * (j & 1))), scale);
   } else {
     return {bf16_low(word_of(eight, j)), bf16_high(word_of(eight, j))};
   }
-}
-
-// Pairs of columns: dg, du and aw as packed bf16, and da * a summed into dprob.
-__device__ __forceinline__ void backward_pair(const Pair& g, const Pair& u, u32 da, float p, u32& dg,
-                                              u32& du, u32& aw, float& dprob) {
-  float value[3][2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    float gi = g.value[i];
-    float ui = u.value[i];
-    float di = i ? bf16_high(da) : bf16_low(da);
-    float s = sigmoid(gi);
-    float silu = gi * s;
-    float a = silu * ui;
-    float weighted = p * di;
-    dprob += di * a;
-    value[0][i] = weighted * ui * (silu * (1.0f - s) + s);   // s * (1 + g * (1 - s))
-    value[1][i] = weighted * silu;
-    value[2][i] = p * a;
-  }
-  dg = pack_bf16(value[0][0], value[0][1]);
-  du = pack_bf16(value[1][0], value[1][1]);
-  aw = pack_bf16(value[2][0], value[2][1]);
 }
 
 __device__ __forceinline__ uint4* chunk_at(u8* tile, int matrix, int row, int chunk) {
@@ -120,6 +93,15 @@ __device__ __forceinline__ void cast_columns(u8* tile, int matrix, int chunk, u8
   }
   store_columns(c, inv, out, pitch);
   __syncwarp();   // `inverses` may be written again
+}
+
+// The sum over the 16 lanes that share a row, in an order that a GEMM's epilogue can keep: its threads have the columns of
+// lanes 0, 1, 8 and 9, or 2, 3, 10 and 11, and so on.
+__device__ __forceinline__ float reduce_row_sum(float sum) {
+  sum += __shfl_xor_sync(kFullWarp, sum, 8);
+  sum += __shfl_xor_sync(kFullWarp, sum, 1);
+  sum += __shfl_xor_sync(kFullWarp, sum, 4);
+  return sum + __shfl_xor_sync(kFullWarp, sum, 2);
 }
 
 // What belongs to a warp's eight consecutive rows: lanes 0-7 get the routing weights, and with E4M3
@@ -210,8 +192,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
     aw_max = max_u16x2(aw_max, amax_bf16x2(aw[0], aw[1], aw[2], aw[3]));
 
     u32 maxima = reduce_row_max(amax_bf16x8(dg) | amax_bf16x8(du) << 16);
-#pragma unroll
-    for (int step = 8; step > 0; step >>= 1) dprob += __shfl_xor_sync(kFullWarp, dprob, step);
+    dprob = reduce_row_sum(dprob);
     BlockScale gate_scale = block_scale<kPow2>(maxima << 16);
     BlockScale up_scale = block_scale<kPow2>(maxima & 0xFFFF0000u);
     i64 at = (i64)(row0 + local) * (2 * (i64)columns) + column;

@@ -19,6 +19,7 @@ from fp8moe.kernels.reference.gemm import (
     m_grouped_gemm_nt,
     m_grouped_gemm_nt_masked,
     m_grouped_gemm_swiglu,
+    m_grouped_gemm_swiglu_backward,
 )
 from fp8moe.kernels.reference.permute import (
     cast_permute,
@@ -63,6 +64,7 @@ __all__ = [
     "m_grouped_gemm_nt",
     "m_grouped_gemm_nt_masked",
     "m_grouped_gemm_swiglu",
+    "m_grouped_gemm_swiglu_backward",
     "permute_fp8",
     "permute_fp8_both",
     "permute_fp8_to_channel",

@@ -7,7 +7,7 @@ import torch
 from fp8moe.kernels.fp8tensor import BLOCK
 from fp8moe.kernels.reference import groups
 from fp8moe.kernels.reference.dequantize import dequantize_per_block, dequantize_per_token
-from fp8moe.kernels.reference.swiglu import swiglu_cast_both
+from fp8moe.kernels.reference.swiglu import swiglu_backward_cast, swiglu_cast_both
 
 
 def gemm_nt(
@@ -50,6 +50,32 @@ def m_grouped_gemm_swiglu(
     h = torch.empty((a.shape[0], b.shape[1]), dtype=torch.bfloat16, device=a.device)
     m_grouped_gemm_nt(a, a_scale, b, b_scale, group_ends, h)
     return swiglu_cast_both(h, topk_weights, slot_of_row, pow2)
+
+
+def m_grouped_gemm_swiglu_backward(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    group_ends: torch.Tensor,
+    h: torch.Tensor,
+    h_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    slot_of_row: torch.Tensor,
+    pow2: bool,
+) -> tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]:
+    """swiglu_backward_cast(h, m_grouped_gemm_nt(a, b))."""
+    da = torch.empty((a.shape[0], b.shape[1]), dtype=torch.bfloat16, device=a.device)
+    m_grouped_gemm_nt(a, a_scale, b, b_scale, group_ends, da)
+    return swiglu_backward_cast(h, h_scale, da, topk_weights, slot_of_row, pow2)
 
 
 def m_grouped_gemm_nt_masked(

@@ -38,6 +38,7 @@ PTX = {
     ),
     "max.u16x2 %0, %1, %2;": "%0 = emulator::max_u16x2(%1, %2)",
     "mul.rn.f16x2 %0, %1, %2;": "%0 = emulator::mul_f16x2(%1, %2)",
+    "mul.rn.bf16x2 %0, %1, %2;": "%0 = emulator::mul_bf16x2(%1, %2)",
     "max.NaN.xorsign.abs.bf16x2 %0, %1, %2;": "%0 = emulator::max_xorsign_abs_bf16x2(%1, %2)",
     "{ .reg .b32 x, y; abs.f16x2 x, %1; abs.f16x2 y, %2; max.NaN.f16x2 %0, x, y; }": (
         "%0 = emulator::max_abs_16x2(%1, %2, 0x7C00)"
@@ -82,6 +83,10 @@ PTX = {
     "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};": (
         "emulator::store_matrix(%0, {%1, %2, %3, %4})"
     ),
+    "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};": (
+        "emulator::store_matrix_transposed(%0, {%1, %2, %3, %4})"
+    ),
+    "": "",
     "cp.async.commit_group;": "",
     "cp.async.wait_group %0;": "",
 }
@@ -98,7 +103,10 @@ ASYNCHRONOUS = (
         "cp.async.ca.shared.global [%0], [%1], 4, %2": (
             "emulator::copy_async<unsigned>(dst, src, valid ? 4 : 0)"
         ),
+        "barrier.sync.aligned": "emulator::meet(emulator::named[id], COUNT)",
         "cp.async.bulk.tensor.2d.shared": "emulator::tma_load(dst, map, x, y, bar)",
+        "cp.async.bulk.tensor.4d.shared": "emulator::tma_load(dst, map, x, group, bar)",
+        "cp.async.bulk.tensor.5d.shared": "emulator::tma_load(dst, map, x, group, bar)",
         "cp.async.bulk.tensor.2d.global": "emulator::tma_store(map, src, x, y)",
         "cp.reduce.async.bulk.tensor.2d.global": "emulator::tma_add(map, src, x, y)",
         "wgmma.mma_async": "emulator::wgmma(d, a, b, accumulate)",
@@ -121,7 +129,7 @@ ASYNCHRONOUS = (
     )
     | dict.fromkeys(
         # One block at a time is emulated: no clusters.
-        ("cluster", "st.shared.v4.f32", "bar.sync"),
+        ("cluster", "st.shared.v4.f32"),
         'emulator::fail("not emulated", nullptr, 0)',
     )
 )
@@ -300,11 +308,14 @@ def fake_tensor_map(
     box_rows: int,
     box_cols: int,
     swizzle: int,
+    row_order: tuple[tuple[int, int], ...] = (),
 ) -> tma.TensorMap:
     """Stands in for `tma.tensor_map`: struct FakeMap of tensor_core.h."""
     element = {"u8": 1, "bf16": 2, "f32": 4}[dtype]
     values = (pointer, rows, cols, row_stride_bytes, box_rows, box_cols, element, swizzle)
-    return tma.TensorMap(struct.pack("8q", *values).ljust(tma.TENSOR_MAP_BYTES, b"\0"))
+    axes = [*row_order, *[(1, 0)] * (3 - len(row_order))]
+    packed = struct.pack("8q6i", *values, *(n for axis in axes for n in axis))
+    return tma.TensorMap(packed.ljust(tma.TENSOR_MAP_BYTES, b"\0"))
 
 
 GUARD = 0xA5

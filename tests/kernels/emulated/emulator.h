@@ -65,7 +65,7 @@ inline unsigned progress;  // arrivals so far: when a pass over all threads adds
 void start_block();
 inline std::function<void()> body;
 inline int current, threads;
-inline Meeting warps[32], block;
+inline Meeting warps[32], block, named[16];
 inline Dim3 thread_index, block_index, grid_size, block_size;
 inline std::vector<std::pair<uintptr_t, uintptr_t>> readable;
 inline bool failed;
@@ -151,6 +151,7 @@ inline bool launch(Dim3 grid, int num_threads, std::function<void()> kernel) {
         block_index = {x, y, z};
         block = Meeting();
         for (auto& warp : warps) warp = Meeting();
+        for (auto& barrier : named) barrier = Meeting();
         memset(dynamic_shared, 0xA5, sizeof dynamic_shared);
         start_block();
         for (auto& fiber : fibers) {
@@ -271,6 +272,11 @@ inline uint32_t mul_f16x2(uint32_t a, uint32_t b) {
     return to_f16(from_f16(x) * from_f16(y));   // the product is exact in FP32
   });
 }
+inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+  return each16(a, b, [](uint16_t x, uint16_t y) {
+    return to_bf16(from_bf16(x) * from_bf16(y));   // the product is exact in FP32
+  });
+}
 // max.NaN of magnitudes: the larger one, or the canonical NaN; the sign is left out.
 inline uint32_t max_abs_16x2(uint32_t a, uint32_t b, uint16_t inf) {
   return each16(a, b, [=](uint16_t x, uint16_t y) {
@@ -306,6 +312,17 @@ inline void store_matrix(unsigned address, const std::array<unsigned, 4>& values
     if (row % 16) fail("misaligned row of a matrix", nullptr, row);
     write((char*)dynamic_shared + (int)row + lane % 4 * 4, values[i]);
   }
+}
+// The same with each matrix transposed: lane 8 i + r has the address of column r.
+inline void store_matrix_transposed(unsigned address, const std::array<unsigned, 4>& values) {
+  const uint64_t* columns = exchange(address);
+  int lane = current % 32;
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 2; ++j) {
+      unsigned column = (unsigned)columns[8 * i + lane % 4 * 2 + j];
+      if (column % 16) fail("misaligned column of a matrix", nullptr, column);
+      write((char*)dynamic_shared + (int)column + lane / 4 * 2, (uint16_t)(values[i] >> 16 * j));
+    }
 }
 template <class T> void copy_async(unsigned shared, const void* global, int bytes) {
   T value = bytes ? read<T>(global) : T{};

@@ -36,22 +36,28 @@ inline void barrier_wait(unsigned address, unsigned parity) {
 struct FakeMap {
   uint64_t pointer;
   int64_t rows, columns, row_bytes, box_rows, box_columns, element, swizzle;
+  struct { int extent, stride; } axes[3];  // row_order of tma.tensor_map, or extents of 1
 };
 
-// Calls move(shared, global or null, bytes) for each 16 bytes of the box at (x, y).
+// Calls move(shared, global or null, bytes) for each 16 bytes of the box at (x, y), y a group of rows.
 template <class Move> void walk_box(const void* map, unsigned shared, int x, int y, Move move) {
   FakeMap m;
   memcpy(&m, map, sizeof m);
   if (m.swizzle != 128 || m.box_columns * m.element != 128 || shared % 1024)
     fail("only whole swizzled rows are emulated", nullptr, shared);
-  for (int r = 0; r < m.box_rows; ++r)
+  int group = 1;
+  for (const auto& axis : m.axes) group *= axis.extent;
+  for (int r = 0; r < m.box_rows; ++r) {
+    int64_t row = (y + r / group) * (int64_t)group;
+    for (int i = 0, rest = r % group; i < 3; rest /= m.axes[i++].extent) row += rest % m.axes[i].extent * m.axes[i].stride;
     for (int chunk = 0; chunk < 8; ++chunk) {
       char* at = (char*)dynamic_shared + shared + r * 128 + ((chunk ^ (r % 8)) << 4);
       int64_t column = x * m.element + chunk * 16, left = m.columns * m.element - column;
-      bool inside = y + r >= 0 && y + r < m.rows && left > 0;
-      char* global = inside ? (char*)m.pointer + (y + r) * m.row_bytes + column : nullptr;
+      bool inside = row >= 0 && row < m.rows && left > 0;
+      char* global = inside ? (char*)m.pointer + row * m.row_bytes + column : nullptr;
       move(at, global, (int)min<int64_t>(left, 16));
     }
+  }
 }
 
 inline void tma_load(unsigned shared, const void* map, int x, int y, unsigned barrier) {
