@@ -11,6 +11,8 @@ cost            cycles per cycle of the tensor cores at their peak (4096 MACs a 
                 operand loads and waits are in it. Measured, see ``_COST``.
 epilogue        cycles from the last product of a tile to the first of the next. Measured.
 launch          prologue, pipeline fill, tail
+splits          CTAs that share a tile: each has its part of the k-blocks and of the epilogue, and
+                `_EXCHANGE` more cycles for adding the sums; they count as tiles in `waves`
 memory          the operands and the output once through memory; the smaller of this and the
                 above is hidden to 70 %
 ==============  ===================================================================================
@@ -38,7 +40,7 @@ _MAX_STAGES = 12
 
 _MEMORY_BYTES_PER_CLOCK = 1900.0  # whole chip: 3.0 TB/s at 1.6 GHz
 _LAUNCH = 3000.0
-_EXCHANGE = 1500.0
+_EXCHANGE = 3000.0
 
 # (cost, epilogue of a BF16 output) by block_m, block_n.
 _COST = {
@@ -133,17 +135,13 @@ class Tile:
 
 _LARGE = (Tile(128, 256), Tile(128, 192), Tile(128, 128), Tile(192, 128))
 _SHORT = (Tile(64, 32), Tile(64, 64), Tile(64, 128), Tile(64, 256))
-_SPLIT = tuple(
-    Tile(m, n, s)
-    for m, n, splits in (
-        (64, 32, (2, 4, 8)),
-        (64, 64, (2, 4, 8)),
-        (64, 128, (2, 4)),
-        (64, 256, (2,)),
-        (128, 128, (2, 4)),
-        (128, 256, (2,)),
-    )
-    for s in splits
+_SPLIT = (
+    Tile(64, 32, 4),
+    Tile(64, 64, 2),
+    Tile(64, 64, 4),
+    Tile(64, 64, 8),
+    Tile(64, 128, 2),
+    Tile(64, 128, 4),
 )
 
 
@@ -192,8 +190,9 @@ def estimate(p: Problem, t: Tile, num_sms: int) -> float:
     if t.splits > 1:
         tiles *= t.splits
         k_blocks = _ceil(k_blocks, t.splits)
-        epilogue = epilogue / t.splits + _EXCHANGE + t.block_m * t.block_n / 16
-        num_sms = num_sms // 16 * 16  # clusters lie within the 16 or 18 SMs of a GPC
+        epilogue = epilogue / t.splits + _EXCHANGE
+        # A cluster lies within one GPC, of which some have an odd number of SMs.
+        num_sms = num_sms if t.splits == 2 else num_sms * 3 // 4
     waves = _ceil(tiles, num_sms)
 
     touched = {Output.BF16: 2, Output.F32: 4, Output.ADD: 8}[p.output]

@@ -38,6 +38,28 @@ def test_few_rows_get_the_short_tile(m):
     assert tile.block_m == 64
 
 
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 576, 7168), (128, 576, 7168), (64, 2112, 7168)])
+def test_few_long_tiles_are_split_over_clusters_that_fit_in_one_wave(m, n, k):
+    p = Problem(Grouping.DENSE, Output.BF16, m, n, k)
+    tile, _ = heuristics.choose(p, 132)
+    assert tile.splits > 1
+    assert heuristics.grid(p, tile, 132) == heuristics.max_tiles(p, tile) * tile.splits <= 132
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(4096, 4096, 7168), (64, 32768, 512), (512, 7168, 2048)])
+def test_enough_tiles_or_a_short_contraction_are_not_split(m, n, k):
+    p = Problem(Grouping.DENSE, Output.BF16, m, n, k)
+    tile, _ = heuristics.choose(p, 132)
+    assert tile.splits == 1
+    assert heuristics.grid(p, tile, 132) <= 132
+
+
+def test_only_dense_problems_are_split():
+    for grouping in Grouping:
+        split = any(t.splits > 1 for t in heuristics.candidates(grouping))
+        assert split == (grouping == Grouping.DENSE)
+
+
 @pytest.mark.parametrize("grouping", list(Grouping))
 def test_estimate_grows_with_the_work(grouping):
     small = Problem(grouping, Output.BF16, 4096, 2048, 4096, 4)
