@@ -102,7 +102,7 @@ def _layer(shape: LayerShape, tokens: int, fp8: bool) -> tuple[float, Callable[[
 
 def run(shape: LayerShape, tokens: int, emit: Callable[[str], None]) -> None:
     """Time the GEMMs and the layer, and emit one line of text for each as it is done."""
-    from fp8moe.testing import time_kernel_us
+    from fp8moe.timing import time_kernel_us
 
     emit(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; median of 20, L2 flushed")
     for name, flops, call in _gemms():

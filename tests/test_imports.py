@@ -23,6 +23,7 @@ LAYER_OF = {
     "modules": "modules",
     "integrations": "integrations",
     "testing": "testing",
+    "timing": "testing",
     "shapes": "tools",
     "warmup": "tools",
     "doctor": "tools",

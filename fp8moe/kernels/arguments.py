@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fp8moe.kernels.fp8tensor import BLOCK, ceil_div
+from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, ceil_div
 
 
 def check_tensor(
@@ -72,6 +72,13 @@ def check_scales(name: str, scale: torch.Tensor, data: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected a tensor on {data.device}, got {scale.device}")
 
 
+def check_fp8_rows(data: torch.Tensor, scale: torch.Tensor) -> None:
+    """Raise ValueError unless these are FP8 rows of whole blocks with per_token scales."""
+    check_rows("data", data, (FP8_DTYPE,))
+    check_multiple("data: H", data.shape[1], BLOCK)
+    check_scales("scale", scale, data)
+
+
 def check_scale(name: str, scale: torch.Tensor, data: torch.Tensor) -> None:
     """Raise unless `scale` is an MN-major per_token scale for `data`.
 
@@ -98,6 +105,18 @@ def check_slot_of_row(slot_of_row: torch.Tensor, device: torch.device) -> None:
             f"slot_of_row: expected a multiple of {BLOCK} rows (see route), "
             f"got {slot_of_row.shape[0]}"
         )
+
+
+def check_maps(x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor) -> None:
+    """Raise ValueError unless both are routing maps of the tokens `x`."""
+    check_tensor("row_of_slot", row_of_slot, (x.shape[0], None), (torch.int32,), x.device)
+    check_slot_of_row(slot_of_row, x.device)
+
+
+def check_topk(topk: int) -> None:
+    """Raise ValueError unless a token has at least one slot."""
+    if topk < 1:
+        raise ValueError(f"topk: expected at least 1, got {topk}")
 
 
 def check_multiple(name: str, value: int, unit: int) -> None:

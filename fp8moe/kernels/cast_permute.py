@@ -16,6 +16,7 @@ from fp8moe.kernels.arguments import (
     check_multiple,
     check_slot_of_row,
     check_tensor,
+    check_topk,
 )
 from fp8moe.kernels.fp8tensor import BLOCK, ceil_div
 from fp8moe.kernels.permute import Four, Pair
@@ -230,7 +231,7 @@ def cast_permute_to_channel(
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
     check(x, slot_of_row)
-    permute.check_topk(topk)
+    check_topk(topk)
     return _cast_permute_to_channel(x, slot_of_row, topk, pow2, block)
 
 
@@ -244,5 +245,5 @@ def cast_permute_both(x: torch.Tensor, slot_of_row: torch.Tensor, topk: int, pow
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
     check(x, slot_of_row)
-    permute.check_topk(topk)
+    check_topk(topk)
     return _cast_permute_both(x, slot_of_row, topk, pow2)

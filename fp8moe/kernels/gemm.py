@@ -67,6 +67,7 @@ def sparing_sms(count: int) -> Iterator[None]:
 
     A GEMM's CTAs share its tiles evenly and stay until the last one. One that has to wait until
     another kernel leaves its SM ends that much later, and with it the GEMM: nothing is hidden.
+    Split tiles, whose CTAs end after a part, take any SM.
     """
     global _spared
     before, _spared = _spared, count
@@ -257,7 +258,8 @@ def gemm_nt(a: FP8Tensor, b: FP8Tensor, *, out: torch.Tensor | None = None) -> t
         b: data (N, K), scale (ceil(N/128), ceil(K/128)), from ``quant.per_block``.
         out: optional (M, N) bfloat16 to write into.
 
-    Returns: D, (M, N) bfloat16. M is arbitrary, N a multiple of 8, K of 16.
+    Returns: D, (M, N) bfloat16. M is arbitrary, N a multiple of 8, K of 16. With few rows K may be
+        summed in parts, so the last bits of a row depend on M and on the GPU's number of SMs.
 
     Raises: ValueError naming the argument, what was expected and what came.
 

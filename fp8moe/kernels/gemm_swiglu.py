@@ -12,7 +12,7 @@ import torch
 from fp8moe.kernels import gemm, heuristics, jit, launch, operands, reference, registry, status
 from fp8moe.kernels.arguments import check_multiple, check_slot_of_row, check_tensor
 from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, FP8Tensor, empty_scale
-from fp8moe.kernels.heuristics import Grouping, Output, Problem, Tile
+from fp8moe.kernels.heuristics import Grouping, Tile
 
 Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -52,13 +52,6 @@ def _kernel(pow2: bool, groups: int) -> launch.Kernel:
     return jit.load(spec(pow2, groups))
 
 
-@functools.lru_cache(maxsize=4096)
-def _walk(m: int, n: int, k: int, groups: int, sms: int) -> tuple[int, int]:
-    """Tiles along m that are walked together, and the CTAs of the grid."""
-    p = Problem(Grouping.M_GROUPED, Output.BF16, m, n, k, groups)
-    return heuristics.band(p, TILE, sms), min(sms, heuristics.max_tiles(p, TILE))
-
-
 def _cuda(*args: Any) -> Four:
     out = _fake(*args)
     _launch(*args, out)  # type: ignore[call-arg]  # mypy takes args to be no shorter than all
@@ -81,7 +74,8 @@ def _launch(
     if m == 0:
         return
     act, act_scale, h, h_scale = out
-    band, grid = _walk(m, n, k, groups, gemm.num_sms(a.get_device()))
+    sms = gemm.num_sms(a.get_device())
+    band, grid = heuristics.m_grouped_walk(TILE, m, n, k, groups, sms)
     map_a = gemm.operand_map(a, TILE.block_m)
     # struct Destination of csrc/epilogue_swiglu.cuh.
     destination = struct.pack(

@@ -18,7 +18,7 @@ from fp8moe.kernels.arguments import (
     check_tensor,
 )
 from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, FP8Tensor
-from fp8moe.kernels.heuristics import Grouping, Output, Problem, Tile
+from fp8moe.kernels.heuristics import Grouping, Tile
 from fp8moe.kernels.swiglu import Backward, backward_outputs
 
 TILE = Tile(128, 256)
@@ -42,10 +42,7 @@ _STAGING_BYTES = 8 * _ROWS_BYTES + 2 * BLOCK * BLOCK + 8 * 4 * BLOCK + 2 * 4 * B
 
 def _shared_memory(groups: int) -> int:
     """Bytes of dynamic shared memory, as laid out in csrc/gemm.cuh."""
-    table = 4 * (
-        heuristics.FEW_GROUPS if groups <= heuristics.FEW_GROUPS else heuristics.MAX_GROUPS
-    )
-    return STAGES * TILE.stage_bytes + _STAGING_BYTES + table
+    return STAGES * TILE.stage_bytes + _STAGING_BYTES + heuristics.table_bytes(groups)
 
 
 def spec(pow2: bool) -> jit.KernelSpec:
@@ -77,13 +74,6 @@ def _kernel(pow2: bool) -> launch.Kernel:
     return jit.load(spec(pow2))
 
 
-@functools.lru_cache(maxsize=4096)
-def _walk(m: int, n: int, k: int, groups: int, sms: int) -> tuple[int, int]:
-    """Tiles along m that are walked together, and the CTAs of the grid."""
-    p = Problem(Grouping.M_GROUPED, Output.BF16, m, n, k, groups)
-    return heuristics.band(p, TILE, sms), min(sms, heuristics.max_tiles(p, TILE))
-
-
 def _cuda(*args: Any) -> Backward:
     out = _fake(*args)
     _launch(*args, out)  # type: ignore[call-arg]  # mypy takes args to be no shorter than all
@@ -109,7 +99,8 @@ def _launch(
         return
     check_aligned(h=h)
     dh, dh_scale, dh_t, dh_t_scale, aw_t, aw_t_scale, dprob_partial = out
-    band, grid = _walk(m, n, k, groups, gemm.num_sms(a.get_device()))
+    sms = gemm.num_sms(a.get_device())
+    band, grid = heuristics.m_grouped_walk(TILE, m, n, k, groups, sms)
     map_a = gemm.operand_map(a, TILE.block_m, _ORDER_A)
     # struct Destination of csrc/epilogue_swiglu_backward.cuh.
     destination = struct.pack(

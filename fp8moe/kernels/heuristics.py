@@ -12,7 +12,8 @@ cost            cycles per cycle of the tensor cores at their peak (4096 MACs a 
 epilogue        cycles from the last product of a tile to the first of the next. Measured.
 launch          prologue, pipeline fill, tail
 splits          CTAs that share a tile: each has its part of the k-blocks and of the epilogue, and
-                `_EXCHANGE` more cycles for adding the sums; they count as tiles in `waves`
+                `_EXCHANGE` more cycles for adding the sums; they count as tiles in `waves`, for
+                which clusters of more than two have three quarters of the SMs
 memory          the operands and the output once through memory; the smaller of this and the
                 above is hidden to 70 %
 ==============  ===================================================================================
@@ -85,6 +86,11 @@ class Problem:
     groups: int = 1
 
 
+def table_bytes(groups: int) -> int:
+    """The group table in shared memory."""
+    return 4 * (FEW_GROUPS if groups <= FEW_GROUPS else MAX_GROUPS)
+
+
 @dataclass(frozen=True)
 class Tile:
     """One compiled configuration: the rows and columns that a CTA computes at a time.
@@ -119,8 +125,7 @@ class Tile:
     def _other_bytes(self, groups: int) -> int:
         """Epilogue staging and the group table."""
         panels = 2 if self.async_store else 1
-        table = 4 * (FEW_GROUPS if groups <= FEW_GROUPS else MAX_GROUPS)
-        return 4 * self.consumers * panels * _PANEL + table
+        return 4 * self.consumers * panels * _PANEL + table_bytes(groups)
 
     def stages(self, groups: int) -> int:
         """Pipeline depth: as many stages as fit beside staging and the group table."""
@@ -175,7 +180,7 @@ def max_tiles(p: Problem, t: Tile) -> int:
 
 
 def grid(p: Problem, t: Tile, num_sms: int) -> int:
-    """CTAs to launch: one for each SM, or for each part of a tile that is split."""
+    """CTAs to launch: one for each SM at most; of split tiles one for each part, however many."""
     tiles = max_tiles(p, t)
     return min(num_sms, tiles) if t.splits == 1 else tiles * t.splits
 
@@ -191,8 +196,9 @@ def estimate(p: Problem, t: Tile, num_sms: int) -> float:
         tiles *= t.splits
         k_blocks = _ceil(k_blocks, t.splits)
         epilogue = epilogue / t.splits + _EXCHANGE
-        # A cluster lies within one GPC, of which some have an odd number of SMs.
-        num_sms = num_sms if t.splits == 2 else num_sms * 3 // 4
+        # A cluster lies within one GPC, whose SMs may leave a rest: clusters of four that ask for
+        # 128 of 132 SMs took two waves.
+        num_sms = num_sms if t.splits == 2 else max(1, num_sms * 3 // 4)
     waves = _ceil(tiles, num_sms)
 
     touched = {Output.BF16: 2, Output.F32: 4, Output.ADD: 8}[p.output]
@@ -214,6 +220,13 @@ def band(p: Problem, t: Tile, num_sms: int) -> int:
         return width * t.block_m + _ceil(num_sms, width) * t.block_n
 
     return min((1, 2, 4, 8, 16, 32), key=wave_bytes)
+
+
+@lru_cache(maxsize=4096)
+def m_grouped_walk(t: Tile, m: int, n: int, k: int, groups: int, num_sms: int) -> tuple[int, int]:
+    """The band width and the grid of a problem whose tile is given."""
+    p = Problem(Grouping.M_GROUPED, Output.BF16, m, n, k, groups)
+    return band(p, t, num_sms), grid(p, t, num_sms)
 
 
 @lru_cache(maxsize=4096)

@@ -9,7 +9,13 @@ from __future__ import annotations
 import torch
 
 from fp8moe.kernels import cast_permute, permute, reference, registry
-from fp8moe.kernels.arguments import check_multiple, check_rows, check_scales, check_tensor
+from fp8moe.kernels.arguments import (
+    check_maps,
+    check_multiple,
+    check_rows,
+    check_scales,
+    check_tensor,
+)
 from fp8moe.kernels.fp8tensor import FP8_DTYPE
 
 
@@ -97,6 +103,6 @@ def permute_rows_into(
     """
     check_rows("x", x, (torch.bfloat16,))
     check_multiple("x: H", x.shape[1], 8)
-    permute.check_maps(x, row_of_slot, slot_of_row)
+    check_maps(x, row_of_slot, slot_of_row)
     _check_data(data, torch.bfloat16, slot_of_row, x)
     _permute_rows_into(x, row_of_slot, slot_of_row, data)

@@ -15,11 +15,12 @@ import torch
 from fp8moe.kernels import gather, jit, launch, reference, registry, routing
 from fp8moe.kernels.arguments import (
     check_aligned,
+    check_fp8_rows,
+    check_maps,
     check_multiple,
     check_rows,
-    check_scales,
     check_slot_of_row,
-    check_tensor,
+    check_topk,
 )
 from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, ceil_div, empty_per_channel, empty_scale
 from fp8moe.kernels.gather import gather_slots, gather_sum
@@ -44,23 +45,6 @@ THREADS = 256
 PERMUTE_WARPS = THREADS // 32
 PERMUTE_RUN_BYTES = 2048
 """What a warp of permute_rows moves of a token's row."""
-
-
-def check_topk(topk: int) -> None:
-    """Raise ValueError unless a token has at least one slot."""
-    if topk < 1:
-        raise ValueError(f"topk: expected at least 1, got {topk}")
-
-
-def check_maps(x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor) -> None:
-    check_tensor("row_of_slot", row_of_slot, (x.shape[0], None), (torch.int32,), x.device)
-    check_slot_of_row(slot_of_row, x.device)
-
-
-def _check_fp8(data: torch.Tensor, scale: torch.Tensor) -> None:
-    check_rows("data", data, (FP8_DTYPE,))
-    check_multiple("data: H", data.shape[1], BLOCK)
-    check_scales("scale", scale, data)
 
 
 # ---- kernels -----------------------------------------------------------------------------------
@@ -354,7 +338,7 @@ def permute_fp8(
 
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
-    _check_fp8(data, scale)
+    check_fp8_rows(data, scale)
     check_maps(data, row_of_slot, slot_of_row)
     return _permute_fp8(data, scale, row_of_slot, slot_of_row)
 
@@ -391,7 +375,7 @@ def permute_fp8_to_channel(
 
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
-    _check_fp8(data, scale)
+    check_fp8_rows(data, scale)
     check_slot_of_row(slot_of_row, data.device)
     check_topk(topk)
     return _permute_fp8_to_channel(data, scale, slot_of_row, topk, pow2, block)
@@ -408,7 +392,7 @@ def permute_fp8_both(
 
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
-    _check_fp8(data, scale)
+    check_fp8_rows(data, scale)
     check_slot_of_row(slot_of_row, data.device)
     check_topk(topk)
     return _permute_fp8_both(data, scale, slot_of_row, topk, pow2)

@@ -163,12 +163,12 @@ def route_kept(topk_ids: torch.Tensor, num_experts: int, kept: int) -> Five:
 
     Args:
         topk_ids, num_experts: as for `route`.
-        kept: how many slots are not dropped.
+        kept: how many slots are not dropped; on a GPU what does not fit is written past the end.
 
     Returns: row_of_slot, slot_of_row of Rcap = padded_capacity(kept, E), group_ends, counts, and
         kept_row: (kept,) int32, the rows of those slots, in slot order.
 
-    Raises: as `route`; on a CPU also for another number of slots, which a GPU does not notice.
+    Raises: as `route`; on a CPU also for another number of slots.
     """
     _check(topk_ids, num_experts)
     return _route_kept(topk_ids, num_experts, kept)

@@ -54,6 +54,17 @@ def test_enough_tiles_or_a_short_contraction_are_not_split(m, n, k):
     assert heuristics.grid(p, tile, 132) <= 132
 
 
+@pytest.mark.parametrize("sms", [1, 2, 78, 114, 132])
+@pytest.mark.parametrize("k", [16, 256, 1024, 65536])
+def test_every_part_of_a_chosen_tile_has_something_to_contract(k, sms):
+    for m in (1, 64, 4096):
+        for n in (64, 576, 7168):
+            p = Problem(Grouping.DENSE, Output.BF16, m, n, k)
+            tile, _ = heuristics.choose(p, sms)
+            assert tile.splits <= -(-k // 128)
+            assert heuristics.grid(p, tile, sms) % tile.splits == 0
+
+
 def test_only_dense_problems_are_split():
     for grouping in Grouping:
         split = any(t.splits > 1 for t in heuristics.candidates(grouping))

@@ -52,6 +52,8 @@ def test_bf16_rows(device: torch.device) -> None:
     message.permute_rows_into(x, first_row, slot_of_row, data)
     assert torch.equal(data[:used], permute.permute_rows(x, first_row, slot_of_row)[:used])
     assert (rows[:, 2 * H :] == AROUND).all()
+    # Negative control: a row further on holds something else.
+    assert not torch.equal(data[1:used], data[: used - 1])
 
 
 def test_bad_arguments_are_named() -> None:

@@ -164,8 +164,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4)
     slot_of_row[r] = kUnused;
 }
 
-// out[row * out_pitch] = [the token's weights (their bits), its experts as the row's rank numbers them], per_rank
-// for an expert that is elsewhere; `row` of each slot that starts one.
+// out[row * out_pitch] = [the token's weights (their bits), its experts as the row's rank numbers them],
+// per_rank for an expert that is elsewhere; `row` of each slot that starts one.
 extern "C" __global__ void __launch_bounds__(kThreads)
     dispatch_routing(const Id* __restrict__ ids, const int* __restrict__ weights,
                      const int* __restrict__ first_row_of_slot, int num_slots, int topk, int per_rank,

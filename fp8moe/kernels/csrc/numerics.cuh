@@ -125,12 +125,6 @@ template <bool kPow2> __device__ __forceinline__ BlockScale block_scale(u32 amax
 // ---------------------------------------------------------------------------------------------
 // E4M3. `low` is the byte at the lower address.
 
-__device__ __forceinline__ u32 pack_e4m3x2(float low, float high) {
-  u16 pair;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-
 __device__ __forceinline__ u32 pack_e4m3x4(float v0, float v1, float v2, float v3) {
   // One block of PTX: joined outside it, the pairs cost three instructions more.
   u32 word;

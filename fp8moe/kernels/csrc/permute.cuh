@@ -49,8 +49,7 @@ __device__ __forceinline__ void finish_block(int row0, const int* slot_of_row, u
 }
 
 // out[row_of_slot[t, k]] = source[t] for every k; rows of row_bytes (a multiple of 16) bytes, a pitch
-// apart.
-// With scales (rows are then E4M3) these move along; padding has zero data and kPadScale.
+// apart. With scales (rows are then E4M3) these move along; padding has zero data and kPadScale.
 extern "C" __global__ void __launch_bounds__(kThreads)
     permute_rows(const u8* __restrict__ source, int source_pitch, u8* __restrict__ out,
                  int out_pitch, const int* __restrict__ row_of_slot,

@@ -95,8 +95,8 @@ __device__ __forceinline__ void cast_columns(u8* tile, int matrix, int chunk, u8
   __syncwarp();   // `inverses` may be written again
 }
 
-// The sum over the 16 lanes that share a row, in an order that a GEMM's epilogue can keep: its threads have the columns of
-// lanes 0, 1, 8 and 9, or 2, 3, 10 and 11, and so on.
+// The sum over the 16 lanes that share a row, in an order that a GEMM's epilogue can keep: its threads
+// have the columns of lanes 0, 1, 8 and 9, or 2, 3, 10 and 11, and so on.
 __device__ __forceinline__ float reduce_row_sum(float sum) {
   sum += __shfl_xor_sync(kFullWarp, sum, 8);
   sum += __shfl_xor_sync(kFullWarp, sum, 1);

@@ -32,9 +32,9 @@ __device__ __forceinline__ void gather_scales(TileScales& s, const int* slots, c
 }
 
 // data [T, columns], rows a pitch apart, with the scale of (token, block of 128 columns) at
-// token * scale_row_step + block * scale_block_step, is gathered by token = slot_of_row[r] / topk. Outputs: rows_out [capacity, columns] with rows_scale (WITH_ROWS);
-// data_t [columns, capacity] with scale_t[(r / 128) * scale_t_ld + column], or with BLOCK
-// scale_t[(column / 128) * scale_t_ld + r / 128].
+// token * scale_row_step + block * scale_block_step, is gathered by token = slot_of_row[r] / topk.
+// Outputs: rows_out [capacity, columns] with rows_scale (WITH_ROWS); data_t [columns, capacity] with
+// scale_t[(r / 128) * scale_t_ld + column], or with BLOCK scale_t[(column / 128) * scale_t_ld + r / 128].
 extern "C" __global__ void __launch_bounds__(kThreads, 4)
     permute_to_channel(const u8* __restrict__ data, int pitch, const float* __restrict__ scale,
                        int scale_row_step, int scale_block_step,

@@ -75,6 +75,7 @@ def m_grouped_gemm_swiglu_backward(
     """swiglu_backward_cast(h, m_grouped_gemm_nt(a, b))."""
     da = torch.empty((a.shape[0], b.shape[1]), dtype=torch.bfloat16, device=a.device)
     m_grouped_gemm_nt(a, a_scale, b, b_scale, group_ends, da)
+    groups.check_aligned(group_ends)
     return swiglu_backward_cast(h, h_scale, da, topk_weights, slot_of_row, pow2)
 
 

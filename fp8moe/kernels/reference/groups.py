@@ -27,6 +27,13 @@ def bounds(group_ends: torch.Tensor, rows: int) -> list[tuple[int, int]]:
     return out
 
 
+def check_aligned(group_ends: torch.Tensor) -> None:
+    """Raise ValueError unless every group ends at a multiple of 128."""
+    for i, end in enumerate(group_ends.tolist()):
+        if end % BLOCK:
+            raise ValueError(status.message(status.Code.GROUP_END_UNALIGNED, i, end, BLOCK))
+
+
 def sizes(group_sizes: torch.Tensor, rows: int) -> list[int]:
     """The size of every group of a masked GEMM, checked.
 

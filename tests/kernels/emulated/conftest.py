@@ -46,7 +46,6 @@ PTX = {
     # One unit off on purpose: the hardware's approximation promises no better.
     "rcp.approx.ftz.f32 %0, %1;": "%0 = std::nextafter(1.0f / (%1), 0.0f)",
     "ex2.approx.ftz.f32 %0, %1;": "%0 = std::exp2(%1)",
-    "cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;": "%0 = emulator::e4m3x2(%2, %1)",
     "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, %2, %1; "
     "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3; mov.b32 %0, {low, high}; }": (
         "%0 = emulator::pair16(emulator::e4m3x2(%1, %2), emulator::e4m3x2(%3, %4))"
@@ -243,9 +242,7 @@ class EmulatedKernel:
         args: Sequence[Any],
         *,
         smem: int = 0,
-        cluster: int = 1,
     ) -> None:
-        assert cluster == 1
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         codes, values, _ = launch.encode(
             [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in args]
