@@ -41,7 +41,7 @@ _MAX_STAGES = 12
 
 _MEMORY_BYTES_PER_CLOCK = 1900.0  # whole chip: 3.0 TB/s at 1.6 GHz
 _LAUNCH = 3000.0
-_EXCHANGE = 3000.0  # 2500 to 4000 choose alike, and best in a search with split tiles; 1500 does not
+_EXCHANGE = 3000.0  # 2500 to 4000 choose alike, and best in a search of the dense shapes
 
 # (cost, epilogue of a BF16 output) by block_m, block_n.
 _COST = {
