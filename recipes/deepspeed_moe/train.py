@@ -110,7 +110,7 @@ def _engine(deepspeed: Any, request: Request, config: Config, rank: int) -> Any:
         replaced = replace_deepspeed_experts(model, config=precision)
         if rank == 0:
             for layer in replaced:
-                print(
+                _print(
                     f"{layer.name}: {layer.num_local_experts} experts of this process in "
                     f"{request.options.experts}, H {layer.hidden_size}, I {layer.intermediate_size}"
                 )
@@ -255,7 +255,13 @@ class Run:
 
     def _print(self, text: str) -> None:
         if self.rank == 0:
-            print(text, flush=True)
+            _print(text)
+
+
+def _print(text: str) -> None:
+    """In one write, so that other processes' lines do not fall between the text and its end."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def _mean(value: torch.Tensor) -> float:
