@@ -33,6 +33,7 @@ def spec(grouping: Grouping, output: Output, tile: Tile, groups: int) -> jit.Ker
             ("BLOCK_M", tile.block_m),
             ("BLOCK_N", tile.block_n),
             ("SPLITS", tile.splits),
+            ("PAIR", tile.pair),
             ("STAGES", tile.stages(groups)),
             ("ASYNC_STORE", int(tile.async_store)),
         ),
@@ -41,7 +42,7 @@ def spec(grouping: Grouping, output: Output, tile: Tile, groups: int) -> jit.Ker
 
 
 def kernel_specs() -> list[jit.KernelSpec]:
-    """Every configuration of the GEMM that ``heuristics`` can choose."""
+    """Every configuration of the GEMM that ``heuristics`` lists."""
     specs = [
         spec(grouping, output, tile, groups)
         for grouping in Grouping
@@ -147,7 +148,7 @@ def _launch(
     plan = _plan(p, sms, config) if config else _chosen_plan(p, sms)
     k_total = a.shape[-1]
     map_a = operand_map(a, plan.tile.block_m)
-    map_b = operand_map(b, plan.tile.block_n)
+    map_b = operand_map(b, plan.tile.block_n // plan.tile.pair)
     # The epilogue's TMA stores; without them the kernel does not look at it.
     map_d = (
         tma.tensor_map(

@@ -33,6 +33,7 @@ def spec(pow2: bool, groups: int) -> jit.KernelSpec:
             ("BLOCK_M", TILE.block_m),
             ("BLOCK_N", TILE.block_n),
             ("SPLITS", TILE.splits),
+            ("PAIR", TILE.pair),
             # Two panels of staging a warp, as for BF16, hence the same stages and shared memory.
             ("STAGES", TILE.stages(groups)),
             ("ASYNC_STORE", 0),

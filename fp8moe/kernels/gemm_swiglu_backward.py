@@ -56,6 +56,7 @@ def spec(pow2: bool) -> jit.KernelSpec:
             ("BLOCK_M", TILE.block_m),
             ("BLOCK_N", TILE.block_n),
             ("SPLITS", TILE.splits),
+            ("PAIR", TILE.pair),
             ("STAGES", STAGES),
             ("ASYNC_STORE", 0),
             ("POW2", int(pow2)),

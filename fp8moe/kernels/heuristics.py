@@ -14,6 +14,8 @@ launch          prologue, pipeline fill, tail
 splits          CTAs that share a tile: each has its part of the k-blocks and of the epilogue, and
                 `_EXCHANGE` more cycles for adding the sums; they count as tiles in `waves`, for
                 which clusters of more than two have three quarters of the SMs
+pair            CTAs that share loads of B: they count as one tile in `waves`, for half the SMs.
+                A k-block takes what the tensor cores need, or the loads from L2
 memory          the operands and the output once through memory; the smaller of this and the
                 above is hidden to 70 %
 ==============  ===================================================================================
@@ -42,6 +44,10 @@ _MAX_STAGES = 12
 _MEMORY_BYTES_PER_CLOCK = 1900.0  # whole chip: 3.0 TB/s at 1.6 GHz
 _LAUNCH = 3000.0
 _EXCHANGE = 3000.0  # 2500 to 4000 choose alike, and best in a search of the dense shapes
+# Pairs were not measured yet: True lets `choose` take them, at the cost that these two predict.
+_CHOOSE_PAIRS = False
+_L2_BYTES_PER_CLOCK = 45.0  # an SM's loads: 32 KB of a 128x128 tile's k-block take 725 cycles
+_PAIR_COST = 1.035  # in the place of `_COST` where loads do not bound: 530 cycles for 128x128
 
 # (cost, epilogue of a BF16 output) by block_m, block_n.
 _COST = {
@@ -95,16 +101,23 @@ def table_bytes(groups: int) -> int:
 class Tile:
     """One compiled configuration: the rows and columns that a CTA computes at a time.
 
-    ``splits`` CTAs, a cluster, compute a part of the contraction of a tile each.
+    ``splits`` CTAs, a cluster, compute a part of the contraction of a tile each. ``pair`` (1 or 2)
+    CTAs, a cluster, compute a tile each, neighbours along m, and load the rows of B once for both.
     """
 
     block_m: int
     block_n: int
     splits: int = 1
+    pair: int = 1
 
     def __str__(self) -> str:
         split = f"/{self.splits}" if self.splits > 1 else ""
-        return f"{self.block_m}x{self.block_n}{split}"
+        return f"{self.block_m}x{self.block_n}{split}" + (" pair" if self.pair > 1 else "")
+
+    @property
+    def rows(self) -> int:
+        """Rows of a step along m: of the tile, or of both tiles of a pair."""
+        return self.block_m * self.pair
 
     @property
     def consumers(self) -> int:
@@ -148,13 +161,14 @@ _SPLIT = (
     Tile(64, 128, 2),
     Tile(64, 128, 4),
 )
+_PAIRS = (Tile(128, 128, pair=2),)
 
 
 def candidates(grouping: Grouping) -> tuple[Tile, ...]:
     """Every tile that is shipped for a grouping."""
     if grouping == Grouping.K_GROUPED:
         return _LARGE
-    return _LARGE + _SHORT + (_SPLIT if grouping == Grouping.DENSE else ())
+    return _LARGE + _SHORT + (_SPLIT + _PAIRS if grouping == Grouping.DENSE else ())
 
 
 def _ceil(a: float, b: int) -> int:
@@ -162,8 +176,8 @@ def _ceil(a: float, b: int) -> int:
 
 
 def _tiles(p: Problem, t: Tile) -> tuple[float, int]:
-    """Expected number of tiles, and of those along m of one group."""
-    rows, columns = _ceil(p.m, t.block_m), _ceil(p.n, t.block_n)
+    """Expected number of tiles (or pairs), and of those along m of one group."""
+    rows, columns = _ceil(p.m, t.rows), _ceil(p.n, t.block_n)
     if p.grouping != Grouping.M_GROUPED:
         return rows * columns * (1 if p.grouping == Grouping.DENSE else p.groups), rows
     # Groups end in the middle of a tile on average.
@@ -172,8 +186,8 @@ def _tiles(p: Problem, t: Tile) -> tuple[float, int]:
 
 
 def max_tiles(p: Problem, t: Tile) -> int:
-    """An upper bound of the tiles, whatever the groups turn out to be."""
-    rows, columns = _ceil(p.m, t.block_m), _ceil(p.n, t.block_n)
+    """An upper bound of the tiles (or pairs), whatever the groups turn out to be."""
+    rows, columns = _ceil(p.m, t.rows), _ceil(p.n, t.block_n)
     if p.grouping == Grouping.M_GROUPED:
         return (rows + p.groups - 1) * columns
     return rows * columns * (1 if p.grouping == Grouping.DENSE else p.groups)
@@ -182,15 +196,26 @@ def max_tiles(p: Problem, t: Tile) -> int:
 def grid(p: Problem, t: Tile, num_sms: int) -> int:
     """CTAs to launch: one for each SM at most; of split tiles one for each part, however many."""
     tiles = max_tiles(p, t)
-    return min(num_sms, tiles) if t.splits == 1 else tiles * t.splits
+    if t.splits > 1:
+        return tiles * t.splits
+    return min(max(1, num_sms // t.pair), tiles) * t.pair
+
+
+def _block_cycles(t: Tile) -> float:
+    """Clock cycles of a k-block."""
+    tensor = t.block_m * t.block_n / 32
+    if t.pair == 1:
+        cost, _ = _COST[t.block_m, t.block_n]
+        return cost * tensor
+    loaded = (t.block_m + t.block_n / t.pair) * BLOCK_K
+    return max(_PAIR_COST * tensor, loaded / _L2_BYTES_PER_CLOCK)
 
 
 def estimate(p: Problem, t: Tile, num_sms: int) -> float:
     """Estimated clock cycles of problem ``p`` with tile ``t`` (see the module's table)."""
     k_blocks = _ceil(p.k / (p.groups if p.grouping == Grouping.K_GROUPED else 1), BLOCK_K)
-    cost, epilogue = _COST[t.block_m, t.block_n]
+    _, epilogue = _COST[t.block_m, t.block_n]
     tiles, _ = _tiles(p, t)
-    block = cost * t.block_m * t.block_n / 32
     epilogue *= 1.0 if p.output == Output.BF16 else _FP32_OUTPUT
     if t.splits > 1:
         tiles *= t.splits
@@ -199,7 +224,7 @@ def estimate(p: Problem, t: Tile, num_sms: int) -> float:
         # A cluster lies within one GPC, whose SMs may leave a rest: clusters of four that ask for
         # 128 of 132 SMs took two waves.
         num_sms = num_sms if t.splits == 2 else max(1, num_sms * 3 // 4)
-    waves = _ceil(tiles, num_sms)
+    waves = _ceil(tiles, max(1, num_sms // t.pair))
 
     touched = {Output.BF16: 2, Output.F32: 4, Output.ADD: 8}[p.output]
     outputs = p.groups if p.grouping in (Grouping.K_GROUPED, Grouping.MASKED) else 1
@@ -207,17 +232,18 @@ def estimate(p: Problem, t: Tile, num_sms: int) -> float:
     rows = p.groups if p.grouping == Grouping.MASKED else 1
     unique = rows * p.m * p.k + weights * p.n * p.k + outputs * p.m * p.n * touched
     memory = unique / _MEMORY_BYTES_PER_CLOCK
-    compute = waves * (k_blocks * block + epilogue)
+    compute = waves * (k_blocks * _block_cycles(t) + epilogue)
     return max(memory, compute) + 0.3 * min(memory, compute) + _LAUNCH
 
 
 def band(p: Problem, t: Tile, num_sms: int) -> int:
-    """Tiles along m that are walked together: the fewest distinct bytes of A and B in one wave."""
+    """Tiles (or pairs) along m that are walked together: the fewest distinct bytes in one wave."""
     _, rows = _tiles(p, t)
+    at_once = max(1, num_sms // t.pair)
 
     def wave_bytes(b: int) -> int:
         width = min(b, rows)
-        return width * t.block_m + _ceil(num_sms, width) * t.block_n
+        return width * t.rows + _ceil(at_once, width) * t.block_n
 
     return min((1, 2, 4, 8, 16, 32), key=wave_bytes)
 
@@ -232,5 +258,6 @@ def m_grouped_walk(t: Tile, m: int, n: int, k: int, groups: int, num_sms: int) -
 @lru_cache(maxsize=4096)
 def choose(p: Problem, num_sms: int) -> tuple[Tile, int]:
     """The tile with the lowest estimate, and the band width of its walk."""
-    tile = min(candidates(p.grouping), key=lambda t: estimate(p, t, num_sms))
+    tiles = [t for t in candidates(p.grouping) if t.pair == 1 or _CHOOSE_PAIRS]
+    tile = min(tiles, key=lambda t: estimate(p, t, num_sms))
     return tile, band(p, tile, num_sms)

@@ -71,6 +71,39 @@ def test_only_dense_problems_are_split():
         assert split == (grouping == Grouping.DENSE)
 
 
+PAIRS = [t for t in TILES if t.pair > 1]
+
+
+def test_only_dense_problems_have_pairs_which_are_not_chosen():
+    assert PAIRS
+    for grouping in Grouping:
+        assert any(t.pair > 1 for t in heuristics.candidates(grouping)) == (
+            grouping == Grouping.DENSE
+        )
+    for m, n, k in ((4096, 512, 32768), (4096, 4096, 7168), (128, 7168, 16384), (1, 64, 128)):
+        tile, _ = heuristics.choose(Problem(Grouping.DENSE, Output.BF16, m, n, k), 132)
+        assert tile.pair == 1
+
+
+def test_pairs_would_be_chosen_where_loads_from_l2_bound(monkeypatch):
+    monkeypatch.setattr(heuristics, "_CHOOSE_PAIRS", True)
+    for (m, n, k), pair in (((4096, 512, 32768), 2), ((4096, 4096, 7168), 1)):
+        p = Problem(Grouping.DENSE, Output.BF16, m, n, k)
+        tile, _ = heuristics.choose.__wrapped__(p, 132)
+        assert tile.pair == pair
+
+
+@pytest.mark.parametrize("tile", PAIRS, ids=str)
+@pytest.mark.parametrize("sms", [1, 3, 78, 131, 132])
+def test_both_ctas_of_every_pair_are_launched(tile, sms):
+    for m in (1, 128, 129, 4096):
+        for n in (8, 512, 7168):
+            p = Problem(Grouping.DENSE, Output.BF16, m, n, 512)
+            grid = heuristics.grid(p, tile, sms)
+            assert grid % 2 == 0 and 2 <= grid <= max(2, sms)
+            assert grid <= 2 * heuristics.max_tiles(p, tile)
+
+
 @pytest.mark.parametrize("grouping", list(Grouping))
 def test_estimate_grows_with_the_work(grouping):
     small = Problem(grouping, Output.BF16, 4096, 2048, 4096, 4)

@@ -92,45 +92,42 @@ PTX = {
 
 # The asynchronous instructions, by a part of their text; in terms of the names that csrc/ptx.cuh
 # gives its parameters.
-ASYNCHRONOUS = (
-    {
-        "mbarrier.init": "emulator::barrier_init(bar, count)",
-        "mbarrier.arrive.expect_tx": "emulator::barrier_update(bar, 1, bytes)",
-        "mbarrier.arrive.shared": "emulator::barrier_update(bar, 1, 0)",
-        "mbarrier.try_wait": "emulator::barrier_wait(bar, parity)",
-        "cp.async.mbarrier.arrive.noinc": "emulator::barrier_update(bar, 1, 0)",
-        "cp.async.ca.shared.global [%0], [%1], 4, %2": (
-            "emulator::copy_async<unsigned>(dst, src, valid ? 4 : 0)"
-        ),
-        "barrier.sync.aligned": "emulator::meet(emulator::named[id], COUNT)",
-        "cp.async.bulk.tensor.2d.shared": "emulator::tma_load(dst, map, x, y, bar)",
-        "cp.async.bulk.tensor.4d.shared": "emulator::tma_load(dst, map, x, group, bar)",
-        "cp.async.bulk.tensor.5d.shared": "emulator::tma_load(dst, map, x, group, bar)",
-        "cp.async.bulk.tensor.2d.global": "emulator::tma_store(map, src, x, y)",
-        "cp.reduce.async.bulk.tensor.2d.global": "emulator::tma_add(map, src, x, y)",
-        "wgmma.mma_async": "emulator::wgmma(d, a, b, accumulate)",
-        "red.relaxed.gpu.global.add.v4": (
-            "dst[0] += v.x, dst[1] += v.y, dst[2] += v.z, dst[3] += v.w"
-        ),
-    }
-    | dict.fromkeys(
-        (
-            "fence.",
-            "prefetch.tensormap",
-            "cp.async.bulk.commit_group",
-            "cp.async.bulk.wait_group",
-            "wgmma.fence",
-            "wgmma.commit_group",
-            "wgmma.wait_group",
-            "setmaxnreg",
-        ),
-        "",
-    )
-    | dict.fromkeys(
-        # One block at a time is emulated: no clusters.
-        ("cluster", "st.shared.v4.f32"),
-        'emulator::fail("not emulated", nullptr, 0)',
-    )
+ASYNCHRONOUS = {
+    "mbarrier.init": "emulator::barrier_init(bar, count)",
+    "mbarrier.arrive.expect_tx": "emulator::barrier_update(bar, 1, bytes)",
+    "mbarrier.arrive.shared::cta": "emulator::barrier_update(bar, 1, 0)",
+    "mbarrier.arrive.shared::cluster": "emulator::barrier_arrive_cluster(bar)",
+    "mbarrier.try_wait": "emulator::barrier_wait(bar, parity)",
+    "cp.async.mbarrier.arrive.noinc": "emulator::barrier_update(bar, 1, 0)",
+    "cp.async.ca.shared.global [%0], [%1], 4, %2": (
+        "emulator::copy_async<unsigned>(dst, src, valid ? 4 : 0)"
+    ),
+    "barrier.sync.aligned": "emulator::meet(emulator::here->named[id], COUNT)",
+    "multicast::cluster": "emulator::tma_load_multicast(dst, map, x, y, bar, mask)",
+    "cp.async.bulk.tensor.2d.shared": "emulator::tma_load(dst, map, x, y, bar)",
+    "cp.async.bulk.tensor.4d.shared": "emulator::tma_load(dst, map, x, group, bar)",
+    "cp.async.bulk.tensor.5d.shared": "emulator::tma_load(dst, map, x, group, bar)",
+    "cp.async.bulk.tensor.2d.global": "emulator::tma_store(map, src, x, y)",
+    "cp.reduce.async.bulk.tensor.2d.global": "emulator::tma_add(map, src, x, y)",
+    "wgmma.mma_async": "emulator::wgmma(d, a, b, accumulate)",
+    "red.relaxed.gpu.global.add.v4": ("dst[0] += v.x, dst[1] += v.y, dst[2] += v.z, dst[3] += v.w"),
+    "%%cluster_ctarank": "rank = emulator::cluster_rank()",
+    "barrier.cluster": "emulator::meet_cluster()",
+    "mapa": "there = emulator::cluster_address(address, rank)",
+    "ld.shared::cluster": "v = emulator::load_cluster(address)",
+    "st.shared.v4.f32": "emulator::write((char*)emulator::here->shared + address, v)",
+} | dict.fromkeys(
+    (
+        "fence.",
+        "prefetch.tensormap",
+        "cp.async.bulk.commit_group",
+        "cp.async.bulk.wait_group",
+        "wgmma.fence",
+        "wgmma.commit_group",
+        "wgmma.wait_group",
+        "setmaxnreg",
+    ),
+    "",
 )
 
 _ASM = re.compile(r"\basm\s*(?:volatile)?\s*\(")
@@ -198,17 +195,19 @@ def host_source(spec: jit.KernelSpec) -> str:
     while match := _ASM.search(text):
         end = _close(text, match.end())
         text = text[: match.start()] + _meaning(text[match.end() : end - 1]) + text[end:]
-    # Shared memory is static memory: one block runs at a time.
+    # Static shared memory is static memory: without clusters one block runs at a time.
     text = re.sub(
         r"extern __shared__\s+(?:__align__\(\d+\)|alignas\(\d+\))?\s*(\w+) (\w+)\[\];",
-        r"\1* const \2 = (\1*)emulator::dynamic_shared;",
+        r"\1* const \2 = (\1*)emulator::here->shared;",
         text,
     )
     text = re.sub(r"__shared__ (alignas\(\d+\))", r"\1 static", text)
     text = re.sub(r"__shared__\b", "static", text)
+    cluster = re.search(r"__cluster_dims__\(([^,]+), 1, 1\)", text)
+    blocks = cluster[1] if cluster else "1"
     runs = [
         f'extern "C" const char* run_{entry}(unsigned x, unsigned y, unsigned z, int threads, '
-        f"void** args) {{ return emulator::run({entry}, args, {{x, y, z}}, threads) "
+        f"void** args) {{ return emulator::run({entry}, args, {{x, y, z}}, threads, {blocks}) "
         f"? nullptr : emulator::message; }}\n"
         f'extern "C" int sizes_{entry}(int* sizes) {{ '
         f"return emulator::parameter_sizes({entry}, sizes); }}\n"

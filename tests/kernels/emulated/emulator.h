@@ -1,5 +1,7 @@
-// Enough of a GPU to run the kernels on the CPU: one thread block at a time, every CUDA
-// thread a coroutine that runs until it meets a barrier or a warp-wide exchange.
+// Enough of a GPU to run the kernels on the CPU: one thread block at a time, or the blocks of one
+// cluster, every CUDA thread a coroutine that runs until it meets a barrier or a warp-wide exchange.
+// Of a cluster a block runs until all its threads wait, before the next block does: each is as far
+// ahead of the others as it can get.
 //
 // What it shows: that indices, masks, exchanges and arithmetic are right, and that no read checked
 // below leaves its tensor. What it cannot show: races that need threads to run at the same time,
@@ -26,6 +28,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __align__(n) alignas(n)
 
 using std::max;
@@ -41,6 +44,8 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+#include "number_formats.h"
 
 namespace emulator {
 
@@ -59,25 +64,37 @@ struct Meeting {
   uint64_t value[2][32];
 };
 
-inline std::vector<Fiber> fibers;
+constexpr int kSharedBytes = 232448, kMaxCluster = 8;
+
+struct Block {
+  Dim3 index;
+  unsigned char* shared;
+  std::vector<Fiber> fibers;
+  int running;  // threads that have not ended
+  Meeting warps[32], all, named[16];
+};
+
+alignas(1024) inline unsigned char shared_memory[kMaxCluster][kSharedBytes];
+inline Block blocks[kMaxCluster];
+inline Block* here;  // that of the running thread
+inline int cluster_size;
+inline Meeting cluster_meeting;
 inline ucontext_t scheduler;
 inline unsigned progress;  // arrivals so far: when a pass over all threads adds none, none will ever come
-void start_block();
+void start_cluster();
 inline std::function<void()> body;
 inline int current, threads;
-inline Meeting warps[32], block, named[16];
-inline Dim3 thread_index, block_index, grid_size, block_size;
+inline Dim3 thread_index, grid_size, block_size;
 inline std::vector<std::pair<uintptr_t, uintptr_t>> readable;
 inline bool failed;
 inline char message[256];
-alignas(1024) inline unsigned char dynamic_shared[232448];
 
 // Ends the run at the next switch to the scheduler; this thread never continues.
 [[noreturn]] inline void fail(const char* what, const void* address, size_t bytes) {
   failed = true;
   snprintf(message, sizeof message, "%s: %zu bytes at %p, block (%u, %u, %u), thread %u", what, bytes,
-           address, block_index.x, block_index.y, block_index.z, thread_index.x);
-  for (;;) swapcontext(&fibers[current].context, &scheduler);
+           address, here->index.x, here->index.y, here->index.z, thread_index.x);
+  for (;;) swapcontext(&here->fibers[current].context, &scheduler);
 }
 
 inline void check_read(const void* address, size_t bytes) {
@@ -95,7 +112,7 @@ extern "C" __attribute__((weak, visibility("hidden"))) void __ubsan_handle_type_
   fail("misaligned access", address, 0);
 }
 
-inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
+inline void yield() { swapcontext(&here->fibers[current].context, &scheduler); }
 
 inline void meet(Meeting& m, int expected) {
   ++progress;
@@ -110,74 +127,93 @@ inline void meet(Meeting& m, int expected) {
 
 // Every lane of the warp gives a value; returns all 32 of them.
 inline const uint64_t* exchange(uint64_t value) {
-  Meeting& m = warps[current / 32];
+  Meeting& m = here->warps[current / 32];
   uint64_t* values = m.value[m.round & 1];
   values[current % 32] = value;
   meet(m, 32);
   return values;
 }
 
-template <class T> uint64_t raw(T value) {
-  uint64_t bits = 0;
-  memcpy(&bits, &value, sizeof value);
-  return bits;
-}
-template <class T> T cooked(uint64_t bits) {
-  T value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 inline void thread_main() {
   body();
-  fibers[current].done = true;
+  here->fibers[current].done = true;
+  --here->running;
   ++progress;
-  for (;;) swapcontext(&fibers[current].context, &scheduler);
+  for (;;) swapcontext(&here->fibers[current].context, &scheduler);
+}
+
+inline void start(Block& block, Dim3 index, unsigned char* shared) {
+  block.index = index;
+  block.shared = shared;
+  block.running = threads;
+  block.all = Meeting();
+  for (auto& warp : block.warps) warp = Meeting();
+  for (auto& barrier : block.named) barrier = Meeting();
+  memset(shared, 0xA5, kSharedBytes);
+  block.fibers.resize(threads);
+  for (auto& fiber : block.fibers) {
+    if (!fiber.stack) fiber.stack.reset(new char[65536]);
+    fiber.done = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = 65536;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, thread_main, 0);
+  }
+}
+
+// Lets the threads of a block run until they have ended or all wait; false when one has failed.
+inline bool advance(Block& block) {
+  here = &block;
+  for (unsigned before = progress - 1; block.running > 0 && progress != before;) {
+    before = progress;
+    for (current = 0; current < threads; ++current) {
+      if (block.fibers[current].done) continue;
+      thread_index = {(unsigned)current, 0, 0};
+      swapcontext(&scheduler, &block.fibers[current].context);
+      if (failed) return false;
+    }
+  }
+  return true;
+}
+
+inline bool run_cluster() {
+  for (;;) {
+    unsigned before = progress;
+    int running = 0;
+    for (int rank = 0; rank < cluster_size; ++rank) {
+      if (!advance(blocks[rank])) return false;
+      running += blocks[rank].running;
+    }
+    if (running == 0) return true;
+    if (progress == before) {
+      const Dim3& at = blocks[0].index;
+      snprintf(message, sizeof message, "deadlock in block (%u, %u, %u)", at.x, at.y, at.z);
+      return false;
+    }
+  }
 }
 
 // True, or false with `message` when a thread failed or the threads wait for each other for ever.
-inline bool launch(Dim3 grid, int num_threads, std::function<void()> kernel) {
+inline bool launch(Dim3 grid, int num_threads, int cluster, std::function<void()> kernel) {
   body = std::move(kernel);
   threads = num_threads;
+  cluster_size = cluster;
   grid_size = grid;
   block_size = {(unsigned)num_threads, 1, 1};
   failed = false;
-  fibers.resize(num_threads);
-  for (auto& fiber : fibers)
-    if (!fiber.stack) fiber.stack.reset(new char[65536]);
+  if (cluster > kMaxCluster || grid.x % cluster) {
+    snprintf(message, sizeof message, "a grid of %u blocks has no clusters of %d", grid.x, cluster);
+    return false;
+  }
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        block_index = {x, y, z};
-        block = Meeting();
-        for (auto& warp : warps) warp = Meeting();
-        for (auto& barrier : named) barrier = Meeting();
-        memset(dynamic_shared, 0xA5, sizeof dynamic_shared);
-        start_block();
-        for (auto& fiber : fibers) {
-          fiber.done = false;
-          getcontext(&fiber.context);
-          fiber.context.uc_stack.ss_sp = fiber.stack.get();
-          fiber.context.uc_stack.ss_size = 65536;
-          fiber.context.uc_link = nullptr;
-          makecontext(&fiber.context, thread_main, 0);
-        }
-        bool running = true;
-        while (running) {
-          running = false;
-          unsigned before = progress;
-          for (current = 0; current < num_threads; ++current) {
-            if (fibers[current].done) continue;
-            thread_index = {(unsigned)current, 0, 0};
-            swapcontext(&scheduler, &fibers[current].context);
-            if (failed) return false;
-            running = running || !fibers[current].done;
-          }
-          if (progress == before) {
-            snprintf(message, sizeof message, "deadlock in block (%u, %u, %u)", x, y, z);
-            return false;
-          }
-        }
+      for (unsigned x = 0; x < grid.x; x += cluster) {
+        start_cluster();
+        cluster_meeting = Meeting();
+        for (int rank = 0; rank < cluster; ++rank)
+          start(blocks[rank], {x + rank, y, z}, shared_memory[rank]);
+        if (!run_cluster()) return false;
       }
   return true;
 }
@@ -189,14 +225,14 @@ template <class T> T load(const void* from) {  // aligned for the driver, which 
 }
 // Calls a kernel with arguments given as the driver takes them: an array of addresses.
 template <class... Args, size_t... I>
-bool call(void (*kernel)(Args...), void** args, Dim3 grid, int num_threads,
+bool call(void (*kernel)(Args...), void** args, Dim3 grid, int num_threads, int cluster,
           std::index_sequence<I...>) {
   auto values = std::make_tuple(load<std::remove_cv_t<Args>>(args[I])...);
-  return launch(grid, num_threads, [=] { std::apply(kernel, values); });
+  return launch(grid, num_threads, cluster, [=] { std::apply(kernel, values); });
 }
 template <class... Args>
-bool run(void (*kernel)(Args...), void** args, Dim3 grid, int num_threads) {
-  return call(kernel, args, grid, num_threads, std::index_sequence_for<Args...>());
+bool run(void (*kernel)(Args...), void** args, Dim3 grid, int num_threads, int cluster) {
+  return call(kernel, args, grid, num_threads, cluster, std::index_sequence_for<Args...>());
 }
 template <class... Args> int parameter_sizes(void (*)(Args...), int* sizes) {
   int all[] = {(int)sizeof(Args)...};
@@ -204,89 +240,8 @@ template <class... Args> int parameter_sizes(void (*)(Args...), int* sizes) {
   return sizeof...(Args);
 }
 
-// ---- number formats -------------------------------------------------------------------------
-
-inline bool is_nan(float value) { return value != value; }
-
-inline uint16_t to_f16(float value) {
-  if (is_nan(value)) return 0x7FFF;
-  uint16_t sign = std::signbit(value) ? 0x8000 : 0;
-  float size = std::fabs(value);
-  if (size >= 65520.0f) return sign | 0x7C00;
-  if (size < 0x1p-14f) return sign | (uint16_t)std::lrintf(std::ldexp(size, 24));
-  int exponent = std::ilogb(size);
-  int mantissa = (int)std::lrintf(std::ldexp(size, 10 - exponent));   // 1024..2048
-  return sign | (uint16_t)(((exponent + 15) << 10) + (mantissa - 1024));
-}
-inline float from_f16(uint16_t bits) {
-  int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
-  float size = exponent == 31 ? (mantissa ? NAN : INFINITY)
-               : exponent ? std::ldexp(1024.0f + mantissa, exponent - 25)
-                          : std::ldexp((float)mantissa, -24);
-  return bits & 0x8000 ? -size : size;
-}
-
-inline uint16_t to_bf16(float value) {
-  if (is_nan(value)) return 0x7FFF;
-  uint32_t bits = (uint32_t)raw(value);
-  return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-inline float from_bf16(uint16_t bits) { return cooked<float>((uint64_t)bits << 16); }
-
-inline uint8_t to_e4m3(float value) {
-  if (is_nan(value)) return 0x7F;
-  uint8_t sign = std::signbit(value) ? 0x80 : 0;
-  float size = std::fabs(value);
-  if (size >= 448.0f) return sign | 0x7E;
-  if (size < 0x1p-6f) return sign | (uint8_t)std::lrintf(std::ldexp(size, 9));
-  int exponent = std::ilogb(size);
-  int mantissa = (int)std::lrintf(std::ldexp(size, 3 - exponent));   // 8..16
-  return sign | (uint8_t)(((exponent + 7) << 3) + (mantissa - 8));
-}
-inline float from_e4m3(uint8_t byte) {
-  int exponent = (byte >> 3) & 15, mantissa = byte & 7;
-  float size = (byte & 0x7F) == 0x7F ? NAN
-               : exponent ? std::ldexp(8.0f + mantissa, exponent - 10)
-                          : std::ldexp((float)mantissa, -9);
-  return byte & 0x80 ? -size : size;
-}
-
 // ---- instructions: what the PTX in the kernels means ------------------------------------------
 
-inline uint32_t pair16(uint16_t low, uint16_t high) { return low | (uint32_t)high << 16; }
-template <class F> uint32_t each16(uint32_t a, uint32_t b, F f) {
-  return pair16(f((uint16_t)a, (uint16_t)b), f((uint16_t)(a >> 16), (uint16_t)(b >> 16)));
-}
-inline uint16_t e4m3x2(float low, float high) { return to_e4m3(low) | to_e4m3(high) << 8; }
-inline uint32_t f16x2_of_e4m3x2(uint16_t bytes) {
-  return pair16(to_f16(from_e4m3((uint8_t)bytes)), to_f16(from_e4m3(bytes >> 8)));
-}
-inline uint16_t e4m3x2_of_f16x2(uint32_t pair) {
-  return e4m3x2(from_f16((uint16_t)pair), from_f16(pair >> 16));
-}
-inline uint32_t max_u16x2(uint32_t a, uint32_t b) {
-  return each16(a, b, [](uint16_t x, uint16_t y) { return max(x, y); });
-}
-inline uint32_t mul_f16x2(uint32_t a, uint32_t b) {
-  return each16(a, b, [](uint16_t x, uint16_t y) {
-    return to_f16(from_f16(x) * from_f16(y));   // the product is exact in FP32
-  });
-}
-inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
-  return each16(a, b, [](uint16_t x, uint16_t y) {
-    return to_bf16(from_bf16(x) * from_bf16(y));   // the product is exact in FP32
-  });
-}
-// max.NaN of magnitudes: the larger one, or the canonical NaN; the sign is left out.
-inline uint32_t max_abs_16x2(uint32_t a, uint32_t b, uint16_t inf) {
-  return each16(a, b, [=](uint16_t x, uint16_t y) {
-    uint16_t larger = max<uint16_t>(x & 0x7FFF, y & 0x7FFF);
-    return larger > inf ? (uint16_t)0x7FFF : larger;
-  });
-}
-inline uint32_t max_xorsign_abs_bf16x2(uint32_t a, uint32_t b) {
-  return max_abs_16x2(a, b, 0x7F80) | ((a ^ b) & 0x80008000u);
-}
 template <class T> T read(const void* address) {
   check_read(address, sizeof(T));
   return *(const T*)address;
@@ -298,9 +253,43 @@ template <class T> void write(void* address, T value) {
 inline uint4 read_if(const void* address, int wanted) {
   return wanted ? read<uint4>(address) : uint4{0, 0, 0, 0};
 }
-// Shared addresses have 32 bits: all of them lie within 2 GiB of this array.
+// Shared addresses have 32 bits and count from the block's own memory: static arrays lie within 2 GiB of it.
 inline unsigned shared_address(const void* p) {
-  return (unsigned)((intptr_t)p - (intptr_t)dynamic_shared);
+  return (unsigned)((intptr_t)p - (intptr_t)here->shared);
+}
+// Those that other blocks of the cluster can use: the block's rank, above the bits of an address in its memory.
+constexpr int kRankShift = 24;
+inline int cluster_rank() { return (int)(here - blocks); }
+inline unsigned cluster_address(unsigned address, int rank) {
+  if (address >= kSharedBytes || rank < 0 || rank >= cluster_size) fail("not in the cluster", nullptr, address);
+  return address | (unsigned)(rank + 1) << kRankShift;
+}
+// The block of such an address, which becomes an address there.
+inline Block& block_of(unsigned& address) {
+  const int rank = (int)(address >> kRankShift) - 1;
+  if (rank < 0 || rank >= cluster_size) fail("not an address of a cluster", nullptr, address);
+  address &= (1u << kRankShift) - 1;
+  if (blocks[rank].running == 0) fail("that block has ended", nullptr, address);
+  return blocks[rank];
+}
+inline float4 load_cluster(unsigned address) {
+  Block& block = block_of(address);
+  if (address % 16 || address + 16 > kSharedBytes) fail("bad shared address", nullptr, address);
+  return *(float4*)(block.shared + address);
+}
+// barrier.cluster: threads that have ended are not waited for.
+inline void meet_cluster() {
+  Meeting& m = cluster_meeting;
+  const unsigned round = m.round;
+  ++m.present, ++progress;
+  while (m.round == round) {
+    int running = 0;
+    for (int rank = 0; rank < cluster_size; ++rank) running += blocks[rank].running;
+    if (m.present == running)
+      m.present = 0, ++m.round, ++progress;
+    else
+      yield();
+  }
 }
 // Four 8 x 8 matrices of 16-bit values: lane 8 i + r has the address of row r of matrix i, and each
 // lane two neighbouring values of row lane / 4 of all four.
@@ -310,7 +299,7 @@ inline void store_matrix(unsigned address, const std::array<unsigned, 4>& values
   for (int i = 0; i < 4; ++i) {
     unsigned row = (unsigned)rows[8 * i + lane / 4];
     if (row % 16) fail("misaligned row of a matrix", nullptr, row);
-    write((char*)dynamic_shared + (int)row + lane % 4 * 4, values[i]);
+    write((char*)here->shared + (int)row + lane % 4 * 4, values[i]);
   }
 }
 // The same with each matrix transposed: lane 8 i + r has the address of column r.
@@ -321,12 +310,12 @@ inline void store_matrix_transposed(unsigned address, const std::array<unsigned,
     for (int j = 0; j < 2; ++j) {
       unsigned column = (unsigned)columns[8 * i + lane % 4 * 2 + j];
       if (column % 16) fail("misaligned column of a matrix", nullptr, column);
-      write((char*)dynamic_shared + (int)column + lane / 4 * 2, (uint16_t)(values[i] >> 16 * j));
+      write((char*)here->shared + (int)column + lane / 4 * 2, (uint16_t)(values[i] >> 16 * j));
     }
 }
 template <class T> void copy_async(unsigned shared, const void* global, int bytes) {
   T value = bytes ? read<T>(global) : T{};
-  write((char*)dynamic_shared + (int)shared, value);
+  write((char*)here->shared + (int)shared, value);
 }
 
 }  // namespace emulator
@@ -334,11 +323,11 @@ template <class T> void copy_async(unsigned shared, const void* global, int byte
 #include "tensor_core.h"
 
 #define threadIdx emulator::thread_index
-#define blockIdx emulator::block_index
+#define blockIdx emulator::here->index
 #define blockDim emulator::block_size
 #define gridDim emulator::grid_size
 
-inline void __syncthreads() { emulator::meet(emulator::block, emulator::threads); }
+inline void __syncthreads() { emulator::meet(emulator::here->all, emulator::threads); }
 inline void __syncwarp(unsigned = ~0u) { emulator::exchange(0); }
 inline void __threadfence_system() {}
 template <class T> T __ldg(const T* p) { return emulator::read<T>(p); }

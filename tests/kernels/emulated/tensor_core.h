@@ -10,14 +10,14 @@ struct Barrier {
   int count, pending, bytes;
   unsigned phase;
 };
-inline std::map<unsigned, Barrier> barriers;  // by shared address, of the running block
+inline std::map<std::pair<Block*, unsigned>, Barrier> barriers;  // of the running cluster, by shared address
 
-inline void start_block() { barriers.clear(); }
+inline void start_cluster() { barriers.clear(); }
 
-inline void barrier_init(unsigned address, int count) { barriers[address] = {count, count, 0, 0}; }
+inline void barrier_init(unsigned address, int count) { barriers[{here, address}] = {count, count, 0, 0}; }
 
-inline void barrier_update(unsigned address, int arrivals, int bytes) {
-  auto found = barriers.find(address);
+inline void barrier_update(Block& block, unsigned address, int arrivals, int bytes) {
+  auto found = barriers.find({&block, address});
   if (found == barriers.end()) fail("no barrier here", nullptr, address);
   Barrier& b = found->second;
   ++progress;
@@ -27,9 +27,17 @@ inline void barrier_update(unsigned address, int arrivals, int bytes) {
   if (b.pending == 0 && b.bytes == 0) b.pending = b.count, b.phase ^= 1;
 }
 
+inline void barrier_update(unsigned address, int arrivals, int bytes) {
+  barrier_update(*here, address, arrivals, bytes);
+}
+inline void barrier_arrive_cluster(unsigned address) {
+  Block& block = block_of(address);
+  barrier_update(block, address, 1, 0);
+}
+
 inline void barrier_wait(unsigned address, unsigned parity) {
-  if (!barriers.count(address)) fail("no barrier here", nullptr, address);
-  while (barriers[address].phase == parity) yield();
+  if (!barriers.count({here, address})) fail("no barrier here", nullptr, address);
+  while (barriers[{here, address}].phase == parity) yield();
 }
 
 // What `fake_tensor_map` of conftest.py packs into the 128 bytes of a descriptor.
@@ -40,7 +48,7 @@ struct FakeMap {
 };
 
 // Calls move(shared, global or null, bytes) for each 16 bytes of the box at (x, y), y a group of rows.
-template <class Move> void walk_box(const void* map, unsigned shared, int x, int y, Move move) {
+template <class Move> void walk_box(const Block& block, const void* map, unsigned shared, int x, int y, Move move) {
   FakeMap m;
   memcpy(&m, map, sizeof m);
   if (m.swizzle != 128 || m.box_columns * m.element != 128 || shared % 1024)
@@ -51,7 +59,7 @@ template <class Move> void walk_box(const void* map, unsigned shared, int x, int
     int64_t row = (y + r / group) * (int64_t)group;
     for (int i = 0, rest = r % group; i < 3; rest /= m.axes[i++].extent) row += rest % m.axes[i].extent * m.axes[i].stride;
     for (int chunk = 0; chunk < 8; ++chunk) {
-      char* at = (char*)dynamic_shared + shared + r * 128 + ((chunk ^ (r % 8)) << 4);
+      char* at = (char*)block.shared + shared + r * 128 + ((chunk ^ (r % 8)) << 4);
       int64_t column = x * m.element + chunk * 16, left = m.columns * m.element - column;
       bool inside = row >= 0 && row < m.rows && left > 0;
       char* global = inside ? (char*)m.pointer + row * m.row_bytes + column : nullptr;
@@ -60,24 +68,35 @@ template <class Move> void walk_box(const void* map, unsigned shared, int x, int
   }
 }
 
-inline void tma_load(unsigned shared, const void* map, int x, int y, unsigned barrier) {
+inline void tma_load(Block& block, unsigned shared, const void* map, int x, int y, unsigned barrier) {
   int bytes = 0;
-  walk_box(map, shared, x, y, [&](char* at, const char* global, int size) {
+  walk_box(block, map, shared, x, y, [&](char* at, const char* global, int size) {
     memset(at, 0, 16);
     if (global) memcpy(at, global, size);
     bytes += 16;
   });
-  barrier_update(barrier, 0, -bytes);
+  barrier_update(block, barrier, 0, -bytes);
+}
+inline void tma_load(unsigned shared, const void* map, int x, int y, unsigned barrier) {
+  tma_load(*here, shared, map, x, y, barrier);
+}
+inline void tma_load_multicast(unsigned shared, const void* map, int x, int y, unsigned barrier, unsigned mask) {
+  for (int rank = 0; mask >> rank; ++rank) {
+    if ((mask >> rank & 1) == 0) continue;
+    unsigned there = cluster_address(shared, rank);
+    Block& block = block_of(there);
+    tma_load(block, there, map, x, y, barrier);
+  }
 }
 
 inline void tma_store(const void* map, unsigned shared, int x, int y) {
-  walk_box(map, shared, x, y, [&](const char* at, char* global, int size) {
+  walk_box(*here, map, shared, x, y, [&](const char* at, char* global, int size) {
     if (global) memcpy(global, at, size);
   });
 }
 
 inline void tma_add(const void* map, unsigned shared, int x, int y) {
-  walk_box(map, shared, x, y, [&](const char* at, char* global, int size) {
+  walk_box(*here, map, shared, x, y, [&](const char* at, char* global, int size) {
     for (int i = 0; global && i < size / 4; ++i) ((float*)global)[i] += ((const float*)at)[i];
   });
 }
@@ -86,7 +105,7 @@ inline void tma_add(const void* map, unsigned shared, int x, int y) {
 inline uint8_t operand(uint64_t descriptor, int r, int k) {
   if (descriptor >> 32 != 0x40000040u) fail("descriptor", nullptr, descriptor >> 32);
   unsigned at = ((unsigned)descriptor & 0x3FFF) * 16 + r * 128 + k;
-  return dynamic_shared[at ^ (at >> 3 & 0x70)];
+  return here->shared[at ^ (at >> 3 & 0x70)];
 }
 
 // This thread's accumulators of d[64 x N] (+)= a[64 x 32] b[N x 32]^T.
