@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from fp8moe.config import FP8Config
-from fp8moe.functional.arguments import FLOATS, IDS, check_config, check_some
+from fp8moe.functional.arguments import FLOATS, check_config, check_some, check_tokens
 from fp8moe.functional.autocast import autocast_off, result_dtype
 from fp8moe.functional.linear import GroupedLinear
 from fp8moe.functional.observe import report
@@ -158,7 +158,7 @@ def _low_rank(x: Tensor, w: LowRank, group_ends: Tensor, rows: Tensor) -> Tensor
     return GroupedLinear.apply(inner * w.scaling, w.b, group_ends, *args)
 
 
-def _check_weight(name: str, w: FP8Tensor, shape: tuple[int | None, ...], device: Any) -> None:
+def _check_weight(name: str, w: FP8Tensor, shape: tuple[int | str, ...], device: Any) -> None:
     check_tensor(f"{name}.data", w.data, shape, (FP8_DTYPE,), device)
     e, n, k = w.data.shape
     check_multiple(f"{name}: rows of an expert", n, BLOCK)
@@ -170,7 +170,7 @@ def _check_low_rank(name: str, low: LowRank | None, w: FP8Tensor) -> None:
     if low is None:
         return
     e, n, k = w.data.shape
-    check_tensor(f"{name}.a", low.a, (e, None, k), FLOATS, w.data.device)
+    check_tensor(f"{name}.a", low.a, (e, "rank", k), FLOATS, w.data.device)
     rank = low.a.shape[1]
     check_some(f"{name}.a: rank", rank)
     check_multiple(f"{name}.a: rank", rank, RANK_UNIT)
@@ -229,13 +229,10 @@ def frozen_swiglu_experts(
 
     Source: the module's docstring.
     """
-    x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
     check_frozen_config(config)
-    check_tensor("x", x, (None, None), FLOATS)
-    check_tensor("topk_ids", topk_ids, (x.shape[0], None), IDS, x.device)
-    check_tensor("topk_weights", topk_weights, tuple(topk_ids.shape), FLOATS, x.device)
-    check_some("topk_ids: K", topk_ids.shape[1])
-    _check_weight("w2", w2, (None, x.shape[1], None), x.device)
+    check_tokens(x, topk_ids, topk_weights, config)
+    x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
+    _check_weight("w2", w2, ("E", x.shape[1], "I"), x.device)
     e, _, inner = w2.data.shape
     _check_weight("w13", w13, (e, 2 * inner, x.shape[1]), x.device)
     for name, w_t, shape in (("w13_t", w13_t, w13.data.mT.shape), ("w2_t", w2_t, w2.data.mT.shape)):

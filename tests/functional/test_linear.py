@@ -167,8 +167,8 @@ def test_dtypes(inputs, device, dtype):
     ("change", "message"),
     [
         (lambda a: a.update(x=a["x"].to(torch.int8)), "x: expected torch.bfloat16 or"),
-        (lambda a: a.update(w=a["w"][0]), r"w: expected shape \(\*, \*, 256\), got \(192, 256\)"),
-        (lambda a: a.update(w=a["w"][..., :-1]), r"w: expected shape \(\*, \*, 256\), got"),
+        (lambda a: a.update(w=a["w"][0]), r"w: expected shape \(E, N, 256\), got \(192, 256\)"),
+        (lambda a: a.update(w=a["w"][..., :-1]), r"w: expected shape \(E, N, 256\), got"),
         (lambda a: a.update(w=a["w"].repeat(1, 2, 1)[:, ::2]), "w: expected a contiguous tensor"),
         (
             lambda a: a.update(w=a["w"][:, :24].contiguous()),
