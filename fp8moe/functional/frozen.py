@@ -8,11 +8,10 @@ What is trained is a low-rank update of each expert's two matrices,
     h = x w13^T + s (x A13^T) B13^T        a = silu(g) * u        y = a w2^T + s (a A2^T) B2^T
 
 whose GEMMs run in BF16: they are a few per cent of the work, and a rank below 128 would leave most
-of an FP8 scale block empty. In this layer's flow every activation that reaches a GEMM of a frozen
-weight has been rounded to FP8; the update of w2 gets the same rounded activation, the update of
-w13 the unrounded x. Without updates, with BF16
-x and power-of-two scales, the result equals `swiglu_experts` on the dequantized weights bit for
-bit.
+of an FP8 scale block empty. Every activation that reaches a GEMM of a frozen weight is rounded to
+FP8; the update of w2 gets the same rounded activation, the update of w13 the unrounded x. Without
+updates, with BF16 x and power-of-two scales, the result equals `swiglu_experts` on the dequantized
+weights bit for bit.
 
 Sources: Hu et al., LoRA (arXiv 2106.09685), section 4.1, for s, A and B; the package's docstring
 for the rest.
@@ -54,7 +53,7 @@ class LowRank(NamedTuple):
     """The update scaling * b[e] @ a[e] of expert e's weight (N, K).
 
     Args:
-        a: (E, r, K), BF16 or FP32, r a multiple of 8.
+        a: (E, r, K), BF16, FP16 or FP32, r a multiple of 8.
         b: (E, N, r) likewise.
         scaling: usually alpha / r.
         dropout: probability with which each element of the input of a is dropped.

@@ -1,4 +1,4 @@
-"""Argument checks of the memory-bound operators; errors name what was expected and what came."""
+"""Argument checks: errors name what was expected and what came. The GEMMs' are in operands.py."""
 
 from __future__ import annotations
 

@@ -68,6 +68,7 @@ def launch_rows(
     data: torch.Tensor,
     scale: torch.Tensor,
 ) -> None:
+    """`cast_permute` into data (Rcap, H) and scale (Rcap, H/128), which may be parts of rows."""
     tokens, columns = x.shape
     if x.numel() == 0:
         return
@@ -187,6 +188,7 @@ _cast_permute_both = registry.define_op(
 
 
 def check(x: torch.Tensor, slot_of_row: torch.Tensor) -> None:
+    """Raise ValueError unless these are tokens that can be cast and a routing map."""
     check_tensor("x", x, ("T", "H"), tuple(cast.INPUTS))
     check_multiple("x: H", x.shape[1], BLOCK)
     check_slot_of_row(slot_of_row, x.device)
