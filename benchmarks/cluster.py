@@ -1,6 +1,6 @@
 """What an expert-parallel layer would cost on many hosts, on paper, from what was measured on one.
 
-    python -m benchmarks.cluster --compute-ms 8.7 --nvlink 360 --network 50
+    python -m benchmarks.cluster --compute-ms 8.82 --nvlink 195 --network 50
 
 Prints the tables of docs/expert_parallel.md for a layer of DeepSeek-V3's size. Inputs:
 
@@ -143,7 +143,11 @@ def tables(measured: Measured) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    top = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks.cluster",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     for name in Measured._fields:
         top.add_argument(f"--{name.replace('_', '-')}", type=float, required=True)
     measured = Measured(**vars(top.parse_args(argv)))

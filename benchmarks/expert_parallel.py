@@ -341,7 +341,11 @@ def ep_sizes(world: int, wanted: list[int] | None) -> list[int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    top = argparse.ArgumentParser(
+        prog="torchrun --nproc-per-node N -m benchmarks.expert_parallel",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     top.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["dsv3", "qwen3"])
     top.add_argument("--ep", nargs="+", type=int, help="sizes of the group; default: all that fit")
     top.add_argument("--combine", nargs="+", choices=["rows", "sums"], default=["rows", "sums"])
@@ -363,7 +367,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     if "RANK" not in os.environ:
-        raise SystemExit("expected to be started by torchrun (see --help and the docstring)")
+        raise SystemExit("expected to be started by torchrun: see --help")
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     device = torch.device("cpu")
     if torch.cuda.is_available():

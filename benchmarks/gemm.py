@@ -259,18 +259,19 @@ def measure(s: Shape, search: bool, iterations: int, sustained: bool) -> list[di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--family", nargs="*", choices=list(dict.fromkeys(s.family for s in SHAPES))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gemm", description=__doc__.splitlines()[0]
     )
+    families = list(dict.fromkeys(s.family for s in SHAPES))
+    parser.add_argument("--family", nargs="*", choices=families, help="of shapes; default: all")
     parser.add_argument("--search", action="store_true", help="time every shipped tile")
     parser.add_argument("--sustained", action="store_true", help="also back to back")
     parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--json", help="file to append rows to")
+    parser.add_argument("--json", metavar="FILE", help="append one JSON object per row")
     parser.add_argument("--plot", metavar="FILE", help="picture of TFLOP/s beside the peers'")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("benchmarks.gemm needs a Hopper GPU; this machine has no CUDA device")
+        parser.error("expected a Hopper GPU; this machine has no CUDA device")
     columns = [
         "family", "G", "m", "n", "k", "tile", "chosen", "us", "tflops", "peer", "peer_us", "ratio",
         "host us", "peer host us", "sustained_tflops", "sustained_ratio",

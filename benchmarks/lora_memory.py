@@ -132,7 +132,9 @@ def count(tensors: Any) -> float:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.lora_memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--tiny", action="store_true", help="a small model of the same shape")
@@ -141,7 +143,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--keep-transpose", action="store_true")
+    parser.add_argument("--keep-transpose", action="store_true", help="of FP8 weights")
     parser.add_argument("--limit-gb", type=float, default=72.0)
     parser.add_argument("--json", help="append the result to this file (GPU only)")
     args = parser.parse_args(argv)

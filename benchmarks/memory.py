@@ -242,12 +242,16 @@ def measure(label: str, cases: list[Case], iterations: int) -> list[dict[str, ob
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--ops", nargs="+", help="only operators whose name contains one of these")
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--json", metavar="FILE", help="append one JSON object per row")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("expected a Hopper GPU; this machine has no CUDA device")
     torch.manual_seed(0)
     columns = ["shape", "op", "time_us", "MB", "GB/s", "% of copy"]
     for label in args.shapes:

@@ -40,7 +40,8 @@ class FP8Config:
         cache_weights: keep the FP8 copies of a weight, and their transposes, until it changes:
             2 bytes a parameter, one cast per optimizer step instead of one per micro-batch. False:
             cast in every forward and again in backward, and hold nothing in between (for weights
-            that live only while a layer runs, such as FSDP's).
+            that live only while a layer runs, such as FSDP's). A write through `w.data` outside of
+            an optimizer step is not seen: call `fp8moe.clear_weight_cache()` after it.
 
     Raises: ValueError naming the field, for a value it cannot have.
 

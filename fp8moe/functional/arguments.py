@@ -7,13 +7,13 @@ import torch
 from fp8moe.config import FP8Config
 from fp8moe.functional.main_grad import check_main_grad
 from fp8moe.kernels.arguments import check_multiple, check_tensor
+from fp8moe.kernels.routing import ID_DTYPES
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-IDS = (torch.int32, torch.int64)
 
 
 def _check_weight(
-    name: str, w: torch.Tensor, shape: tuple[int | None, ...], device: torch.device
+    name: str, w: torch.Tensor, shape: tuple[int | str, ...], device: torch.device
 ) -> None:
     check_tensor(name, w, shape, FLOATS, device)
     check_main_grad(name, w)
@@ -41,11 +41,11 @@ def check_size(name: str, size: int, config: FP8Config) -> None:
 def check_grouped_linear(
     x: torch.Tensor, w: torch.Tensor, group_ends: torch.Tensor, config: FP8Config
 ) -> None:
-    """Raises: ValueError for arguments that `grouped_linear` cannot take; x is contiguous."""
+    """Raises: ValueError for arguments that `grouped_linear` cannot take."""
     check_config(config)
-    check_tensor("x", x, (None, None), FLOATS)
-    _check_weight("w", w, (None, None, x.shape[1]), x.device)
-    check_tensor("group_ends", group_ends, (w.shape[0],), (torch.int32,), x.device)
+    check_tensor("x", x, ("R", "K"), FLOATS, contiguous=False)
+    _check_weight("w", w, ("E", "N", x.shape[1]), x.device)
+    check_tensor("group_ends", group_ends, (w.shape[0],), (torch.int32,), x.device, False)
     check_some("w: E", w.shape[0])
     check_size("w: N", w.shape[1], config)
     check_size("x: K", x.shape[1], config)
@@ -54,18 +54,18 @@ def check_grouped_linear(
 def check_tokens(
     x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, config: FP8Config
 ) -> None:
-    """Raises: ValueError for tokens that an expert layer cannot take; all are contiguous."""
+    """Raises: ValueError for tokens that an expert layer cannot take."""
     check_config(config)
-    check_tensor("x", x, (None, None), FLOATS)
-    check_tensor("topk_ids", topk_ids, (x.shape[0], None), IDS, x.device)
-    check_tensor("topk_weights", topk_weights, tuple(topk_ids.shape), FLOATS, x.device)
+    check_tensor("x", x, ("T", "H"), FLOATS, contiguous=False)
+    check_tensor("topk_ids", topk_ids, (x.shape[0], "K"), ID_DTYPES, x.device, False)
+    check_tensor("topk_weights", topk_weights, tuple(topk_ids.shape), FLOATS, x.device, False)
     check_some("topk_ids: K", topk_ids.shape[1])
     check_size("x: H", x.shape[1], config)
 
 
 def check_weights(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, config: FP8Config) -> None:
     """Raises: ValueError for weights that do not fit x (T, H) or the GEMMs of config."""
-    _check_weight("w2", w2, (None, x.shape[1], None), x.device)
+    _check_weight("w2", w2, ("E", x.shape[1], "I"), x.device)
     _check_weight("w13", w13, (w2.shape[0], 2 * w2.shape[2], x.shape[1]), x.device)
     check_some("w2: E", w2.shape[0])
     check_size("w2: I", w2.shape[2], config)
@@ -79,9 +79,6 @@ def check_swiglu_experts(
     w2: torch.Tensor,
     config: FP8Config,
 ) -> None:
-    """Raises: ValueError for arguments that `swiglu_experts` cannot take.
-
-    x, topk_ids and topk_weights are contiguous.
-    """
+    """Raises: ValueError for arguments that `swiglu_experts` cannot take."""
     check_tokens(x, topk_ids, topk_weights, config)
     check_weights(x, w13, w2, config)

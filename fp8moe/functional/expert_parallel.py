@@ -205,8 +205,8 @@ def dispatch(
 
     Raises: ValueError naming the argument; for an id out of range, on every rank alike.
     """
-    x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
     check_tokens(x, topk_ids, topk_weights, config)
+    x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
     check_size("intermediate_size", intermediate_size, config)
     if num_experts % group.size():
         raise ValueError(

@@ -258,8 +258,8 @@ def swiglu_experts(
 
     Source: the module's docstring.
     """
-    x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
     check_swiglu_experts(x, topk_ids, topk_weights, w13, w2, config)
+    x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
     dtype, grad = result_dtype(x), torch.is_grad_enabled()
     if x.shape[0] == 0:
         return NoRows.apply(tuple(x.shape), dtype, x, topk_weights, w13, w2)

@@ -8,11 +8,10 @@ What is trained is a low-rank update of each expert's two matrices,
     h = x w13^T + s (x A13^T) B13^T        a = silu(g) * u        y = a w2^T + s (a A2^T) B2^T
 
 whose GEMMs run in BF16: they are a few per cent of the work, and a rank below 128 would leave most
-of an FP8 scale block empty. In this layer's flow every activation that reaches a GEMM of a frozen
-weight has been rounded to FP8; the update of w2 gets the same rounded activation, the update of
-w13 the unrounded x. Without updates, with BF16
-x and power-of-two scales, the result equals `swiglu_experts` on the dequantized weights bit for
-bit.
+of an FP8 scale block empty. Every activation that reaches a GEMM of a frozen weight is rounded to
+FP8; the update of w2 gets the same rounded activation, the update of w13 the unrounded x. Without
+updates, with BF16 x and power-of-two scales, the result equals `swiglu_experts` on the dequantized
+weights bit for bit.
 
 Sources: Hu et al., LoRA (arXiv 2106.09685), section 4.1, for s, A and B; the package's docstring
 for the rest.
@@ -28,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from fp8moe.config import FP8Config
-from fp8moe.functional.arguments import FLOATS, IDS, check_config, check_some
+from fp8moe.functional.arguments import FLOATS, check_config, check_some, check_tokens
 from fp8moe.functional.autocast import autocast_off, result_dtype
 from fp8moe.functional.linear import GroupedLinear
 from fp8moe.functional.observe import report
@@ -54,7 +53,7 @@ class LowRank(NamedTuple):
     """The update scaling * b[e] @ a[e] of expert e's weight (N, K).
 
     Args:
-        a: (E, r, K), BF16 or FP32, r a multiple of 8.
+        a: (E, r, K), BF16, FP16 or FP32, r a multiple of 8.
         b: (E, N, r) likewise.
         scaling: usually alpha / r.
         dropout: probability with which each element of the input of a is dropped.
@@ -158,7 +157,7 @@ def _low_rank(x: Tensor, w: LowRank, group_ends: Tensor, rows: Tensor) -> Tensor
     return GroupedLinear.apply(inner * w.scaling, w.b, group_ends, *args)
 
 
-def _check_weight(name: str, w: FP8Tensor, shape: tuple[int | None, ...], device: Any) -> None:
+def _check_weight(name: str, w: FP8Tensor, shape: tuple[int | str, ...], device: Any) -> None:
     check_tensor(f"{name}.data", w.data, shape, (FP8_DTYPE,), device)
     e, n, k = w.data.shape
     check_multiple(f"{name}: rows of an expert", n, BLOCK)
@@ -170,7 +169,7 @@ def _check_low_rank(name: str, low: LowRank | None, w: FP8Tensor) -> None:
     if low is None:
         return
     e, n, k = w.data.shape
-    check_tensor(f"{name}.a", low.a, (e, None, k), FLOATS, w.data.device)
+    check_tensor(f"{name}.a", low.a, (e, "rank", k), FLOATS, w.data.device)
     rank = low.a.shape[1]
     check_some(f"{name}.a: rank", rank)
     check_multiple(f"{name}.a: rank", rank, RANK_UNIT)
@@ -229,13 +228,10 @@ def frozen_swiglu_experts(
 
     Source: the module's docstring.
     """
-    x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
     check_frozen_config(config)
-    check_tensor("x", x, (None, None), FLOATS)
-    check_tensor("topk_ids", topk_ids, (x.shape[0], None), IDS, x.device)
-    check_tensor("topk_weights", topk_weights, tuple(topk_ids.shape), FLOATS, x.device)
-    check_some("topk_ids: K", topk_ids.shape[1])
-    _check_weight("w2", w2, (None, x.shape[1], None), x.device)
+    check_tokens(x, topk_ids, topk_weights, config)
+    x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
+    _check_weight("w2", w2, ("E", x.shape[1], "I"), x.device)
     e, _, inner = w2.data.shape
     _check_weight("w13", w13, (e, 2 * inner, x.shape[1]), x.device)
     for name, w_t, shape in (("w13_t", w13_t, w13.data.mT.shape), ("w2_t", w2_t, w2.data.mT.shape)):

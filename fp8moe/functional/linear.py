@@ -122,8 +122,8 @@ def grouped_linear(x: Tensor, w: Tensor, group_ends: Tensor, *, config: FP8Confi
 
     Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.
     """
-    x, group_ends = x.contiguous(), group_ends.contiguous()
     check_grouped_linear(x, w, group_ends, config)
+    x, group_ends = x.contiguous(), group_ends.contiguous()
     dtype, grad = result_dtype(x), torch.is_grad_enabled()
     if x.shape[0] == 0:
         return NoRows.apply((0, w.shape[1]), dtype, x, w)

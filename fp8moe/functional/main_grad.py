@@ -18,7 +18,10 @@ from fp8moe.kernels.gemm import k_grouped_gemm
 
 
 def check_main_grad(name: str, w: torch.Tensor) -> None:
-    """Raises: ValueError for a main_grad that the GEMM cannot add to."""
+    """Raises: ValueError for a main_grad that the GEMM cannot add to.
+
+    RuntimeError for any main_grad under torch.compile.
+    """
     main_grad = getattr(whole(w), "main_grad", None)
     if main_grad is None or not w.requires_grad:
         return

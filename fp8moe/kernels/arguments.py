@@ -1,4 +1,4 @@
-"""Argument checks of the memory-bound operators; errors name what was expected and what came."""
+"""Argument checks: errors name what was expected and what came. The GEMMs' are in operands.py."""
 
 from __future__ import annotations
 
@@ -10,23 +10,28 @@ from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, ceil_div
 def check_tensor(
     name: str,
     tensor: torch.Tensor,
-    shape: tuple[int | None, ...],
+    shape: tuple[int | str, ...],
     dtypes: tuple[torch.dtype, ...],
     device: torch.device | None = None,
     contiguous: bool = True,
 ) -> None:
-    """Raise unless `tensor` is contiguous and has this shape (None: any size), dtype and device.
+    """Raise unless `tensor` is contiguous and has this shape, dtype and device.
+
+    Args:
+        shape: the size of each dimension, or the name of one that may have any.
 
     Raises: ValueError naming the argument, what was expected and what came.
     """
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     got = tensor.shape
     fits = len(got) == len(shape)
     if fits:
         for wanted, size in zip(shape, got, strict=True):
-            if wanted is not None and wanted != size:
+            if not isinstance(wanted, str) and wanted != size:
                 fits = False
     if not fits:
-        expected = ", ".join("*" if s is None else str(s) for s in shape)
+        expected = ", ".join(str(s) for s in shape)
         raise ValueError(f"{name}: expected shape ({expected}), got {tuple(got)}")
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(d) for d in dtypes)
@@ -51,7 +56,7 @@ def check_rows(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...])
         and tensor.stride(0) >= tensor.shape[1]
         and tensor.stride(0) * tensor.element_size() % 16 == 0
     )
-    check_tensor(name, tensor, (None, None), dtypes, contiguous=not apart)
+    check_tensor(name, tensor, ("rows", "columns"), dtypes, contiguous=not apart)
 
 
 def check_scales(name: str, scale: torch.Tensor, data: torch.Tensor) -> None:
@@ -99,7 +104,7 @@ def check_slot_of_row(slot_of_row: torch.Tensor, device: torch.device) -> None:
 
     Raises: ValueError naming what was expected and what came.
     """
-    check_tensor("slot_of_row", slot_of_row, (None,), (torch.int32,), device)
+    check_tensor("slot_of_row", slot_of_row, ("Rcap",), (torch.int32,), device)
     if slot_of_row.shape[0] % BLOCK:
         raise ValueError(
             f"slot_of_row: expected a multiple of {BLOCK} rows (see route), "
@@ -109,7 +114,7 @@ def check_slot_of_row(slot_of_row: torch.Tensor, device: torch.device) -> None:
 
 def check_maps(x: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor) -> None:
     """Raise ValueError unless both are routing maps of the tokens `x`."""
-    check_tensor("row_of_slot", row_of_slot, (x.shape[0], None), (torch.int32,), x.device)
+    check_tensor("row_of_slot", row_of_slot, (x.shape[0], "K"), (torch.int32,), x.device)
     check_slot_of_row(slot_of_row, x.device)
 
 

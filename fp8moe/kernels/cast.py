@@ -8,6 +8,7 @@ import functools
 import torch
 
 from fp8moe.kernels import jit, launch, reference, registry, status
+from fp8moe.kernels.arguments import check_tensor
 from fp8moe.kernels.fp8tensor import (
     BLOCK,
     FP8_DTYPE,
@@ -224,21 +225,7 @@ _cast_per_channel_op = registry.define_op(
 
 
 def _check_input(name: str, x: Tensor, dims: tuple[str, ...]) -> None:
-    if x.dtype not in INPUTS:
-        raise ValueError(f"{name}: expected bfloat16, float16 or float32, got {x.dtype}")
-    _check_dims(name, x, dims)
-
-
-def _check_dims(name: str, x: Tensor, dims: tuple[str, ...]) -> None:
-    if x.ndim != len(dims):
-        raise ValueError(
-            f"{name}: expected {len(dims)} dimensions ({', '.join(dims)}), got {tuple(x.shape)}"
-        )
-
-
-def _check_device(name: str, x: Tensor, other: str, device: torch.device) -> None:
-    if x.device != device:
-        raise ValueError(f"{name}: expected device {device} like {other}, got {x.device}")
+    check_tensor(name, x, dims, tuple(INPUTS), contiguous=False)
 
 
 def cast_per_token(x: Tensor, pow2: bool) -> Pair:
@@ -319,18 +306,10 @@ def transpose_per_block(data: Tensor, scale: Tensor) -> Pair:
 
     Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2.
     """
-    if data.dtype != FP8_DTYPE:
-        raise ValueError(f"data: expected {FP8_DTYPE}, got {data.dtype}")
-    _check_dims("data", data, ("E", "N", "K"))
-    if scale.dtype != torch.float32:
-        raise ValueError(f"scale: expected torch.float32, got {scale.dtype}")
+    check_tensor("data", data, ("E", "N", "K"), (FP8_DTYPE,), contiguous=False)
     e, n, k = data.shape
-    expected = (e, ceil_div(n, BLOCK), ceil_div(k, BLOCK))
-    if tuple(scale.shape) != expected:
-        raise ValueError(
-            f"scale: expected {expected} for data {tuple(data.shape)}, got {tuple(scale.shape)}"
-        )
-    _check_device("scale", scale, "data", data.device)
+    blocks = (e, ceil_div(n, BLOCK), ceil_div(k, BLOCK))
+    check_tensor("scale", scale, blocks, (torch.float32,), data.device, contiguous=False)
     return _transpose_per_block_op(data.contiguous(), scale.contiguous())
 
 
@@ -361,8 +340,5 @@ def cast_per_channel(x: Tensor, group_ends: Tensor, pow2: bool, block: bool) -> 
     Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2 (128 x 1 blocks).
     """
     _check_input("x", x, ("R", "N"))
-    if group_ends.dtype != torch.int32:
-        raise ValueError(f"group_ends: expected torch.int32, got {group_ends.dtype}")
-    _check_dims("group_ends", group_ends, ("E",))
-    _check_device("group_ends", group_ends, "x", x.device)
+    check_tensor("group_ends", group_ends, ("E",), (torch.int32,), x.device, contiguous=False)
     return _cast_per_channel_op(x.contiguous(), group_ends.contiguous(), pow2, block)

@@ -68,6 +68,7 @@ def launch_rows(
     data: torch.Tensor,
     scale: torch.Tensor,
 ) -> None:
+    """`cast_permute` into data (Rcap, H) and scale (Rcap, H/128), which may be parts of rows."""
     tokens, columns = x.shape
     if x.numel() == 0:
         return
@@ -187,7 +188,8 @@ _cast_permute_both = registry.define_op(
 
 
 def check(x: torch.Tensor, slot_of_row: torch.Tensor) -> None:
-    check_tensor("x", x, (None, None), tuple(cast.INPUTS))
+    """Raise ValueError unless these are tokens that can be cast and a routing map."""
+    check_tensor("x", x, ("T", "H"), tuple(cast.INPUTS))
     check_multiple("x: H", x.shape[1], BLOCK)
     check_slot_of_row(slot_of_row, x.device)
 
@@ -208,7 +210,7 @@ def cast_permute(
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
     check(x, slot_of_row)
-    check_tensor("row_of_slot", row_of_slot, (x.shape[0], None), (torch.int32,), x.device)
+    check_tensor("row_of_slot", row_of_slot, (x.shape[0], "K"), (torch.int32,), x.device)
     return _cast_permute(x, row_of_slot, slot_of_row, pow2)
 
 

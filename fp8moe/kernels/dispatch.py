@@ -146,7 +146,7 @@ def dispatch_maps(topk_ids: torch.Tensor, num_experts: int, ranks: int, alike: l
 
     Raises: ValueError: wrong shape, dtype or stride, or a number out of range.
     """
-    check_tensor("topk_ids", topk_ids, (None, None), ID_DTYPES)
+    check_tensor("topk_ids", topk_ids, ("T", "K"), ID_DTYPES)
     if not 1 <= ranks <= MAX_RANKS or num_experts < 1 or num_experts % ranks:
         raise ValueError(
             f"num_experts, ranks: expected a multiple of 1 to {MAX_RANKS} ranks, "
@@ -174,7 +174,7 @@ def dispatch_routing(
 
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
-    check_tensor("topk_ids", topk_ids, (None, None), ID_DTYPES)
+    check_tensor("topk_ids", topk_ids, ("T", "K"), ID_DTYPES)
     shape, device = tuple(topk_ids.shape), topk_ids.device
     check_tensor("topk_weights", topk_weights, shape, (torch.float32,), device)
     check_tensor("first_row_of_slot", first_row_of_slot, shape, (torch.int32,), device)

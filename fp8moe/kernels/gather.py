@@ -106,9 +106,9 @@ def gather_sum(rows: torch.Tensor, row_of_slot: torch.Tensor) -> torch.Tensor:
 
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
-    check_tensor("rows", rows, (None, None), (torch.bfloat16,))
+    check_tensor("rows", rows, ("Rcap", "H"), (torch.bfloat16,))
     check_multiple("rows: H", rows.shape[1], 8)
-    check_tensor("row_of_slot", row_of_slot, (None, None), (torch.int32,), rows.device)
+    check_tensor("row_of_slot", row_of_slot, ("T", "K"), (torch.int32,), rows.device)
     return _gather_sum(rows, row_of_slot)
 
 
@@ -123,6 +123,6 @@ def gather_slots(partials: torch.Tensor, row_of_slot: torch.Tensor) -> torch.Ten
 
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
-    check_tensor("partials", partials, (None, None), (torch.float32,))
-    check_tensor("row_of_slot", row_of_slot, (None, None), (torch.int32,), partials.device)
+    check_tensor("partials", partials, ("P", "Rcap"), (torch.float32,))
+    check_tensor("row_of_slot", row_of_slot, ("T", "K"), (torch.int32,), partials.device)
     return _gather_slots(partials, row_of_slot)

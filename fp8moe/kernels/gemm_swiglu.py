@@ -171,5 +171,5 @@ def m_grouped_gemm_swiglu(
     operands.check_groups("group_ends", group_ends, e, device)
     check_slot_of_row(slot_of_row, device)
     check_tensor("slot_of_row", slot_of_row, (m,), (torch.int32,))
-    check_tensor("topk_weights", topk_weights, (None, None), (torch.float32,), device)
+    check_tensor("topk_weights", topk_weights, ("T", "K"), (torch.float32,), device)
     return _m_grouped_gemm_swiglu(*a, *b, group_ends, topk_weights, slot_of_row, pow2)

@@ -202,5 +202,5 @@ def m_grouped_gemm_swiglu_backward(
     check_tensor("slot_of_row", slot_of_row, (m,), (torch.int32,))
     check_tensor("h.data", h.data, (m, 2 * n), (FP8_DTYPE,), device)
     check_scale("h.scale", h.scale, h.data)
-    check_tensor("topk_weights", topk_weights, (None, None), (torch.float32,), device)
+    check_tensor("topk_weights", topk_weights, ("T", "K"), (torch.float32,), device)
     return _m_grouped_gemm_swiglu_backward(*a, *b, group_ends, *h, topk_weights, slot_of_row, pow2)

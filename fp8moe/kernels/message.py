@@ -84,7 +84,7 @@ def cast_permute_into(
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
     cast_permute.check(x, slot_of_row)
-    check_tensor("row_of_slot", row_of_slot, (x.shape[0], None), (torch.int32,), x.device)
+    check_tensor("row_of_slot", row_of_slot, (x.shape[0], "K"), (torch.int32,), x.device)
     _check_data(data, FP8_DTYPE, slot_of_row, x)
     check_scales("scale", scale, data)
     _cast_permute_into(x, row_of_slot, slot_of_row, pow2, data, scale)

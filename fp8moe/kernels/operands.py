@@ -9,6 +9,7 @@ from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, FP8Tensor, ceil_div
 
 
 def check_data(name: str, t: torch.Tensor, dims: int) -> None:
+    """Raise ValueError unless `t` is aligned, contiguous E4M3 data of K % 16 == 0."""
     if t.dtype != FP8_DTYPE:
         raise ValueError(f"{name}.data: expected dtype {FP8_DTYPE}, got {t.dtype}")
     if t.dim() != dims:
@@ -28,6 +29,7 @@ def check_data(name: str, t: torch.Tensor, dims: int) -> None:
 
 
 def check_scale(name: str, t: FP8Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless t.scale is float32 of this shape beside its data."""
     if t.scale.dtype != torch.float32:
         raise ValueError(f"{name}.scale: expected dtype torch.float32, got {t.scale.dtype}")
     if tuple(t.scale.shape) != shape:
@@ -40,7 +42,7 @@ def check_scale(name: str, t: FP8Tensor, shape: tuple[int, ...]) -> None:
 
 
 def check_row_scale(name: str, t: FP8Tensor) -> None:
-    """1x128 scales in MN-major order: consecutive rows are neighbours in memory."""
+    """Raise ValueError unless t has 1 x 128 scales, MN-major: rows are neighbours in memory."""
     shape = (*t.data.shape[:-1], ceil_div(t.data.shape[-1], BLOCK))
     check_scale(name, t, shape)
     rows = t.data.numel() // max(1, t.data.shape[-1])
@@ -57,6 +59,7 @@ def check_row_scale(name: str, t: FP8Tensor) -> None:
 
 
 def check_block_scale(name: str, t: FP8Tensor) -> None:
+    """Raise ValueError unless t has contiguous 128 x 128 scales."""
     *groups, n, k = t.data.shape
     check_scale(name, t, (*groups, ceil_div(n, BLOCK), ceil_div(k, BLOCK)))
     if not t.scale.is_contiguous():
@@ -64,6 +67,7 @@ def check_block_scale(name: str, t: FP8Tensor) -> None:
 
 
 def check_groups(name: str, groups: torch.Tensor, count: int | None, device: torch.device) -> None:
+    """Raise ValueError unless `groups` is (count,) int32 on `device`; count None: any number."""
     if groups.dtype != torch.int32 or groups.dim() != 1 or not groups.is_contiguous():
         raise ValueError(
             f"{name}: expected a contiguous 1D int32 tensor, got {groups.dtype} of shape "
@@ -82,6 +86,7 @@ def check_groups(name: str, groups: torch.Tensor, count: int | None, device: tor
 def check_out(
     out: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> None:
+    """Raise ValueError unless a GEMM can write to `out`, contiguous and aligned."""
     if tuple(out.shape) != shape:
         raise ValueError(f"out: expected shape {shape}, got {tuple(out.shape)}")
     if out.dtype not in dtypes:
@@ -97,6 +102,7 @@ def check_out(
 
 
 def check_pair(a: FP8Tensor, b: FP8Tensor) -> None:
+    """Raise ValueError unless both operands are on one device and have the same K."""
     if b.data.device != a.data.device:
         raise ValueError(f"b.data: expected device {a.data.device}, got {b.data.device}")
     if b.data.shape[-1] != a.data.shape[-1]:
@@ -104,5 +110,6 @@ def check_pair(a: FP8Tensor, b: FP8Tensor) -> None:
 
 
 def check_n(n: int) -> None:
+    """Raise ValueError unless N is a positive multiple of 8, 16 bytes of BF16 output."""
     if n % 8 or n == 0:
         raise ValueError(f"b.data: expected N to be a positive multiple of 8, got N = {n}")

@@ -116,6 +116,7 @@ def launch_permute(
     row_of_slot: torch.Tensor,
     slot_of_row: torch.Tensor,
 ) -> None:
+    """`permute_rows` from source (T, H) to out (Rcap, H); with scales, `permute_fp8`."""
     rows, columns = out.shape
     tokens, topk = row_of_slot.shape
     row_bytes = columns * out.element_size()

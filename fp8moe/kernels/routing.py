@@ -125,7 +125,7 @@ _route_kept = registry.define_op(
 
 
 def _check(topk_ids: torch.Tensor, num_experts: int) -> None:
-    check_tensor("topk_ids", topk_ids, (None, None), ID_DTYPES)
+    check_tensor("topk_ids", topk_ids, ("T", "K"), ID_DTYPES)
     if not 1 <= num_experts <= MAX_EXPERTS:
         raise ValueError(f"num_experts: expected 1 to {MAX_EXPERTS}, got {num_experts}")
     slots = topk_ids.shape[0] * topk_ids.shape[1]

@@ -48,7 +48,7 @@ def _check(
     check_slot_of_row(slot_of_row, h.device)
     check_tensor("h", h, (slot_of_row.shape[0], 2 * columns), (dtype,))
     check_multiple("h: I", columns, BLOCK)
-    check_tensor("topk_weights", topk_weights, (None, None), (torch.float32,), h.device)
+    check_tensor("topk_weights", topk_weights, ("T", "K"), (torch.float32,), h.device)
 
 
 def _forward_spec(pow2: bool, with_h: bool) -> jit.KernelSpec:
@@ -325,7 +325,7 @@ def swiglu_backward_cast(
 
     Raises: ValueError: wrong shape, dtype, device or stride.
     """
-    check_tensor("da", da, (None, None), (torch.bfloat16,), h.device)
+    check_tensor("da", da, ("Rcap", "I"), (torch.bfloat16,), h.device)
     dtype = torch.bfloat16 if h_scale is None else FP8_DTYPE
     _check(h, topk_weights, slot_of_row, da.shape[1], dtype)
     if h_scale is not None:

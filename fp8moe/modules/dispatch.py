@@ -39,7 +39,12 @@ class Dispatcher(Protocol):
     experts: range
 
     def start(
-        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, config: FP8Config, inner: int
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        config: FP8Config,
+        intermediate_size: int,
     ) -> Any: ...
 
     def finish(
@@ -65,7 +70,12 @@ class LocalDispatcher:
         self.experts = range(num_experts)
 
     def start(
-        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, config: FP8Config, inner: int
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        config: FP8Config,
+        intermediate_size: int,
     ) -> None:
         return None
 
@@ -119,14 +129,19 @@ class AllToAllDispatcher:
         self.experts = range(rank * count, (rank + 1) * count)
 
     def start(
-        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, config: FP8Config, inner: int
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        config: FP8Config,
+        intermediate_size: int,
     ) -> Dispatched:
         return dispatch(
             x,
             topk_ids,
             topk_weights,
             self.num_experts,
-            inner,
+            intermediate_size,
             config=config,
             group=self.mesh.get_group(),
             combine=self.combine,

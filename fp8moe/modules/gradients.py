@@ -80,7 +80,16 @@ def grad_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
 
     Returns: a float32 scalar on the parameters' device, the same on all ranks whose plain
         parameters agree.
+
+    Raises: ValueError for a parameter whose gradient was added to main_grad and is not its grad.
     """
+    parameters = list(parameters)
+    for p in parameters:
+        if p.grad is None and getattr(p, "grad_added_to_main_grad", False):
+            raise ValueError(
+                "parameters: expected gradients in grad, got a parameter of shape "
+                f"{tuple(p.shape)} that has it in main_grad: move it to grad first"
+            )
     by_mesh: dict[object, list[torch.Tensor]] = {}
     for p in parameters:
         if p.grad is not None:
@@ -103,7 +112,7 @@ def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torc
         parameters, and who calls it: as for `grad_norm`.
         max_norm: more than 0.
 
-    Raises: ValueError for max_norm.
+    Raises: ValueError for max_norm, and as `grad_norm`.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm: expected more than 0, got {max_norm}")

@@ -50,6 +50,7 @@ class LowRankUpdate(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """lora_A ~ uniform(-1/sqrt(K), 1/sqrt(K)); lora_B is zero."""
         bound = 1 / math.sqrt(self.lora_A.shape[2])
         nn.init.uniform_(self.lora_A, -bound, bound)
         nn.init.zeros_(self.lora_B)

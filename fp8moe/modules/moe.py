@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -86,7 +87,8 @@ class MoE(nn.Module):
             made with an ep_group themselves.
 
     Attributes:
-        last_load: (E,) int64, tokens of each expert in the last forward; None before. Not a buffer.
+        last_load: (E,) int64, tokens of each expert in the last forward; zeros before. The next
+            forward writes to the same tensor. Not a buffer.
 
     Shapes: forward takes x (..., H) and returns MoEOutput(y (..., H), aux_loss).
 
@@ -111,7 +113,13 @@ class MoE(nn.Module):
         if ep_group is not None:
             experts.shard(ep_group)
         self.router, self.experts, self.shared_experts = router, experts, shared_experts
-        self.last_load: torch.Tensor | None = None
+        device = router.gate.weight.device
+        self.last_load = torch.zeros(router.num_experts, dtype=torch.int64, device=device)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MoE:
+        super()._apply(fn, recurse)
+        self.last_load = fn(self.last_load)
+        return self
 
     def forward(self, x: torch.Tensor) -> MoEOutput:
         x_TH = x.reshape(-1, x.shape[-1])
@@ -124,5 +132,10 @@ class MoE(nn.Module):
         y_TH = self.experts(*batch, *sent)
         if shared_TH is not None:
             y_TH = y_TH + shared_TH
-        self.last_load = routed.num_tokens_per_expert
+        load = routed.num_tokens_per_expert
+        if self.last_load.device != load.device:  # parameters moved one by one, by FSDP say
+            self.last_load = torch.empty_like(load)
+        # In place: torch.compile allows that, and no new attribute, where activations are
+        # checkpointed.
+        self.last_load.copy_(load)
         return MoEOutput(y_TH.reshape(x.shape), routed.aux_loss)

@@ -21,36 +21,38 @@ FREE = ("steps", "experts", "checkpoint_every", "log_every")
 EXPERTS = ("fp8", "bf16", "deepspeed")
 
 
+def _option(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Options:
-    """The options of the command line and the DeepSpeed configuration that they go with.
+    """The options of the command line; the DeepSpeed configuration has the rest."""
 
-    Args:
-        experts: "fp8" or "bf16": grouped, by fp8moe; "deepspeed": DeepSpeed's own loop in BF16.
-        capacity_factor: places of an expert per token that it gets when all get as many; 0 drops no
-            token.
-        checkpoint_every: steps between two checkpoints, with one more after the last; 0 writes none
-            at all.
-    """
-
-    experts: str = "fp8"
-    ep_size: int = 1
-    layers: int = 2
-    d_model: int = 128
-    heads: int = 4
-    num_experts: int = 4
-    top_k: int = 2
-    d_expert: int = 128
-    seq_len: int = 128
-    capacity_factor: float = 1.25
-    balance_loss: float = 0.01
-    steps: int = 20
-    eval_batches: int = 4
-    log_every: int = 5
-    checkpoint_every: int = 10
-    seed: int = 0
-    data: str | None = None
-    pattern: str | None = None
+    experts: str = _option(
+        "fp8", "fp8 or bf16: grouped, by fp8moe; deepspeed: DeepSpeed's own loop in BF16"
+    )
+    ep_size: int = _option(1, "processes that share one set of experts")
+    layers: int = _option(2, "transformer layers, each with a mixture of experts")
+    d_model: int = _option(128, "width of the model (H)")
+    heads: int = _option(4, "attention heads")
+    num_experts: int = _option(4, "experts per layer (E)")
+    top_k: int = _option(2, "experts that a token goes to (K)")
+    d_expert: int = _option(128, "inner width of an expert (I)")
+    seq_len: int = _option(128, "tokens in a sequence")
+    capacity_factor: float = _option(
+        1.25, "places of an expert, over those it needs if all get as many; 0: no token is dropped"
+    )
+    balance_loss: float = _option(0.01, "weight of the load-balancing loss")
+    steps: int = _option(20, "optimizer steps")
+    eval_batches: int = _option(4, "batches of a validation")
+    log_every: int = _option(5, "steps between two lines of progress")
+    checkpoint_every: int = _option(
+        10, "steps between two checkpoints, and one after the last; 0: none at all"
+    )
+    seed: int = _option(0, "seed of weights and data order")
+    data: str | None = _option(None, "file or folder of text; default: the .py files of torch")
+    pattern: str | None = _option(None, "glob that file names of a folder must match")
 
     def check(self, world_size: int) -> None:
         """Raises: UserError for options that no run on `world_size` processes can have."""
@@ -110,8 +112,22 @@ H100 = Options(
 PRESETS = {"cpu": Options(), "h100": H100}
 
 
+def _defaults(name: str) -> str:
+    values = {preset: getattr(options, name) for preset, options in PRESETS.items()}
+    if None in values.values():
+        return ""
+    if len(set(values.values())) == 1:
+        return f"; default: {values['cpu']}"
+    return f"; default: {', '.join(f'{value} ({preset})' for preset, value in values.items())}"
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="recipes.deepspeed_moe", description=__doc__)
+    top = argparse.ArgumentParser(
+        prog="python -m recipes.deepspeed_moe",
+        description="Trains a small mixture-of-experts language model on bytes of text with "
+        "DeepSpeed, its experts replaced by grouped FP8 ones. Also starts under torchrun and "
+        "DeepSpeed's launcher.",
+    )
     top.add_argument("--preset", choices=PRESETS, help="default: h100 on a Hopper GPU, else cpu")
     top.add_argument("--deepspeed-config", type=Path, help="JSON; default: that of the preset")
     top.add_argument("--zero-stage", type=int, choices=(0, 1, 2), help="in place of the JSON's")
@@ -124,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
             f"--{item.name.replace('_', '-')}",
             type=types.get(str(item.type), str),
             default=argparse.SUPPRESS,
-            help=f"default of the cpu preset: {item.default}",
+            help=item.metadata["help"] + _defaults(item.name),
         )
     return top
 

@@ -65,9 +65,11 @@ def compare(one: Path, two: Path, model: str) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("one", type=Path)
-    parser.add_argument("two", type=Path)
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.pretrain.compare", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("one", type=Path, help="folder of a run")
+    parser.add_argument("two", type=Path, help="folder of another")
     args = parser.parse_args(argv)
     trained = [{r.get("model") for r in metrics.read(run)} for run in (args.one, args.two)]
     both = sorted(filter(None, trained[0] & trained[1]))

@@ -184,5 +184,4 @@ class LanguageModel(nn.Module):
 
     def expert_load(self) -> Tensor:
         """Tokens of each expert in the last forward, int64 [layers, experts] on the device."""
-        loads = [block.moe.last_load for block in self.blocks if isinstance(block, Block)]
-        return torch.stack([load for load in loads if load is not None])
+        return torch.stack([b.moe.last_load for b in self.blocks if isinstance(b, Block)])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+from benchmarks import cluster
 from benchmarks.cluster import LAYER, Measured, gradient_mb, layer_cost, main, met, tables
 
 MEASURED = Measured(compute_ms=10.0, nvlink=300.0, network=50.0)
@@ -55,6 +59,15 @@ def test_tables_follow_the_figures() -> None:
     assert tables(MEASURED) != tables(MEASURED._replace(nvlink=200.0))
     rows = [line.split("|") for line in tables(MEASURED).splitlines() if line]
     assert {len(row) for row in rows} == {7, 12}
+
+
+def test_the_page_has_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "expert_parallel.md").read_text(encoding="utf-8")
+    (arguments,) = re.findall(r"^    python -m benchmarks.cluster (.*)$", page, re.MULTILINE)
+    assert f"python -m benchmarks.cluster {arguments}\n" in str(cluster.__doc__)
+    main(arguments.split())
+    for table in capsys.readouterr().out.strip().split("\n\n"):
+        assert table in page
 
 
 def test_bad_input_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

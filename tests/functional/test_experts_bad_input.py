@@ -65,14 +65,27 @@ def test_nan_routing_weight(make_layer):
             lambda a: a.update(x=a["x"].double()),
             r"x: expected torch.bfloat16 or .*, got torch.float64",
         ),
-        (lambda a: a.update(x=a["x"][None]), r"x: expected shape \(\*, \*\), got \(1, 192, 256\)"),
+        (lambda a: a.update(x=a["x"][None]), r"x: expected shape \(T, H\), got \(1, 192, 256\)"),
+        (lambda a: a.update(x=None), "x: expected a tensor, got NoneType"),
+        (
+            lambda a: a.update(topk_ids=a["topk_ids"].tolist()),
+            "topk_ids: expected a tensor, got list",
+        ),
+        (
+            lambda a: a.update(w2=torch.nn.Linear(256, 128)),
+            "w2: expected a tensor, got Linear",
+        ),
+        (
+            lambda a: a.update(w2=a["w2"][0]),
+            r"w2: expected shape \(E, 256, I\), got \(256, 128\)",
+        ),
         (
             lambda a: a.update(topk_ids=a["topk_ids"].float()),
             r"topk_ids: expected torch.int32 or torch.int64, got torch.float32",
         ),
         (
             lambda a: a.update(topk_ids=a["topk_ids"][1:]),
-            r"topk_ids: expected shape \(192, \*\), got \(191, 2\)",
+            r"topk_ids: expected shape \(192, K\), got \(191, 2\)",
         ),
         (
             lambda a: a.update(topk_weights=a["topk_weights"][:, :1]),

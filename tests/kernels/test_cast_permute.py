@@ -151,7 +151,7 @@ BAD_CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
     "map tokens": (
         cast_permute.cast_permute,
         (X, MAP[:3], SLOTS, True),
-        r"row_of_slot: expected shape \(4, \*\), got \(3, 2\)",
+        r"row_of_slot: expected shape \(4, K\), got \(3, 2\)",
     ),
     "rows": (
         cast_permute.cast_permute_to_channel,

@@ -304,7 +304,7 @@ BAD_CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
         (ROWS, MAP, SLOTS.long()),
         "slot_of_row: expected torch.int",
     ),
-    "map tokens": (permute.permute_rows, (ROWS, MAP[:9], SLOTS), r"row_of_slot: .*\(128, \*\)"),
+    "map tokens": (permute.permute_rows, (ROWS, MAP[:9], SLOTS), r"row_of_slot: .*\(128, K\)"),
     "topk": (
         permute.permute_fp8_both,
         (DATA, SCALE, SLOTS, 0, True),

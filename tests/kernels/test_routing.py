@@ -124,7 +124,7 @@ IDS = torch.zeros((4, 2), dtype=torch.int64)
 
 BAD_CALLS = {
     "ids dtype": ((IDS.float(), 4), "topk_ids: expected torch.int32 or torch.int64"),
-    "ids dim": ((IDS[0], 4), r"topk_ids: expected shape \(\*, \*\), got \(2,\)"),
+    "ids dim": ((IDS[0], 4), r"topk_ids: expected shape \(T, K\), got \(2,\)"),
     "ids stride": ((IDS.t(), 4), "topk_ids: expected a contiguous"),
     "no experts": ((IDS, 0), "num_experts: expected 1 to 1024, got 0"),
     "experts": ((IDS, 1025), "num_experts: expected 1 to 1024, got 1025"),

@@ -235,6 +235,23 @@ def test_gradient_norm_over_plain_and_sharded_parameters(group):
         clip_grad_norm_(moe.parameters(), -1)
 
 
+def test_a_norm_without_the_gradients_in_main_grad_is_refused(device):
+    moe, x = MoE(Router(H, E, K), Experts(E, H, I)).to(device), torch.randn(30, H, device=device)
+    moe(x).y.float().square().sum().backward()
+    expected = grad_norm(moe.parameters())
+    moe.zero_grad()
+    weights = list(moe.experts.parameters())
+    for p in weights:
+        p.main_grad = torch.zeros_like(p)
+    moe(x).y.float().square().sum().backward()
+    message = r"parameters: expected gradients in grad, got .* \(4, 256, 128\) .* in main_grad"
+    with pytest.raises(ValueError, match=message):
+        clip_grad_norm_(moe.parameters(), 1.0)
+    for p in weights:
+        p.grad = p.main_grad
+    torch.testing.assert_close(grad_norm(moe.parameters()), expected)
+
+
 def test_refused_before_any_work(group, device):
     mesh = init_device_mesh(device.type, (1, 1), mesh_dim_names=("dp", "ep"))
     elsewhere = DeviceMesh("cpu" if device.type == "cuda" else "cuda", [0], _init_backend=False)

@@ -204,6 +204,15 @@ def test_bad_models_are_refused(
     assert message in capsys.readouterr().err and not out.exists()
 
 
+def test_help_says_what_options_do_and_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        read(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("usage: python -m recipes.deepspeed_moe ")
+    assert "--layers LAYERS transformer layers, each with a mixture of experts; default: 2" in text
+    assert "default: 2 (cpu), 6 (h100)" in text and "None" not in text
+
+
 def test_missing_deepspeed_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
