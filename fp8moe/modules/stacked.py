@@ -16,7 +16,7 @@ from torch import nn
 
 from fp8moe.config import FP8Config
 from fp8moe.functional import swiglu_experts
-from fp8moe.functional.arguments import FLOATS, check_config
+from fp8moe.functional.arguments import FLOATS, check_config, size_unit
 from fp8moe.modules.probe import distance, evaluating
 
 _PROBE_TOKENS = 8
@@ -120,6 +120,21 @@ def _probe(experts: Any) -> str | None:
     return None
 
 
+def _padded(w13: torch.Tensor, w2: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights with I a multiple of `unit`: silu(0) * 0 meets zero columns, so y is the same."""
+    short = -w2.shape[2] % unit
+    if not short:
+        return w13, w2
+    for name, w in (("gate_up_proj", w13), ("down_proj", w2)):
+        if getattr(w, "main_grad", None) is not None:  # it would not see the gradient of a copy
+            raise ValueError(
+                f"{name}.main_grad: expected an intermediate size that is a multiple of {unit}, "
+                f"got {w2.shape[2]}"
+            )
+    gate_up = w13.unflatten(1, (2, -1))
+    return F.pad(gate_up, (0, 0, 0, short)).flatten(1, 2), F.pad(w2, (0, short))
+
+
 def stacked_experts(
     experts: nn.Module,
     hidden_states: torch.Tensor,
@@ -130,8 +145,9 @@ def stacked_experts(
     """swiglu_experts with the weights of `experts`, in the dtype of `hidden_states`.
 
     Args:
-        experts: with gate_up_proj (E, 2I, H) and down_proj (E, H, I).
-        hidden_states: (T, H).
+        experts: with gate_up_proj (E, 2I, H) and down_proj (E, H, I), any I: one that the GEMMs
+            cannot take, as tensor parallelism may leave it, is padded with zeros in each forward.
+        hidden_states: (T, H), H a multiple of 16, or of 8 with all GEMMs in BF16.
         top_k_index: (T, K) integers, 0 to E; E itself drops the slot.
         top_k_weights: (T, K).
 
@@ -140,8 +156,8 @@ def stacked_experts(
     reason = unsupported(experts)
     if reason is not None:
         raise ValueError(f"{type(experts).__name__}: fp8moe does not support {reason}")
-    w13: Any = experts.gate_up_proj
-    w2: Any = experts.down_proj
+    weights: Any = experts
+    w13, w2 = _padded(weights.gate_up_proj, weights.down_proj, size_unit(config))
     y = swiglu_experts(hidden_states, top_k_index, top_k_weights, w13, w2, config=config)
     return y.to(hidden_states.dtype)
 

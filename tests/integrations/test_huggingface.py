@@ -27,6 +27,7 @@ from tiny_models import (
     transformers,
 )
 
+import fp8moe
 from fp8moe import testing
 from fp8moe.config import FP8Config
 
@@ -163,12 +164,53 @@ def test_refused_before_any_work(monkeypatch):
         model(tokens())
 
 
-def test_sizes_that_the_gemms_cannot_take_are_refused():
+@pytest.mark.parametrize("intermediate", [136, 37])
+def test_any_intermediate_size(device, intermediate):
+    """Tensor parallelism and tiny models have sizes that no FP8 GEMM takes."""
+    model = build(moe_intermediate_size=intermediate).to(device)
+    ids = tokens(device)
+    eager = run(model, "eager", ids)
+    assert not failures(run(model, BF16, ids), eager, gates=(35.0, 38.0, 33.0))
+    assert not failures(run(model, "fp8moe", ids), eager)
+    assert len(fp8moe.replace_experts(model).replaced) == 1
+
+
+def test_padding_at_the_wrong_rows_fails_the_gates(monkeypatch):
+    def pad_the_end(w13, w2, unit):
+        short = -w2.shape[2] % unit
+        pad = torch.nn.functional.pad
+        return pad(w13, (0, 0, 0, 2 * short)), pad(w2, (0, short))
+
     model = build(moe_intermediate_size=136)
-    with pytest.raises(ValueError, match="w2: I, in FP8: expected a multiple of 16, got 136"):
+    ids = tokens()
+    eager = run(model, "eager", ids)
+    monkeypatch.setattr("fp8moe.modules.stacked._padded", pad_the_end)
+    assert "logits" in failures(run(model, "fp8moe", ids), eager)
+
+
+def test_padded_weights_cannot_have_a_main_grad():
+    model = build(moe_intermediate_size=136)
+    weight = model.model.layers[0].mlp.experts.down_proj
+    weight.main_grad = torch.zeros(weight.shape)
+    with pytest.raises(ValueError, match=r"down_proj.main_grad: .*multiple of 16, got 136"):
+        model(tokens())
+
+
+def test_a_hidden_size_that_the_gemms_cannot_take_is_refused():
+    model = build(hidden_size=136)
+    with pytest.raises(ValueError, match="x: H, in FP8: expected a multiple of 16, got 136"):
         model(tokens())
     model.set_experts_implementation(BF16)
     model(tokens())
+
+
+@pytest.mark.parametrize("implementation", ["fp8moe", BF16])
+def test_on_the_meta_device(implementation):
+    with torch.device("meta"):
+        model = build(implementation=implementation)
+    output = model(input_ids=tokens("meta"), labels=tokens("meta"))
+    output.loss.backward()
+    assert output.logits.is_meta and model.model.layers[0].mlp.experts.down_proj.grad.is_meta
 
 
 def test_fp8_weights_of_transformers_are_refused():
