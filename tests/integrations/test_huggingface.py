@@ -98,11 +98,7 @@ def interface_classes():
 
 
 REFUSED = {
-    "DeepseekV4Experts": "a gating function of its own",
-    "Glm5NextTextExperts": "a gating function of its own",
     "GptOssExperts": "biases, transposed weights .*, interleaved .*, a gating function of its own",
-    "HYV4Experts": "a gating function of its own",
-    "MiniMaxM3VLExperts": "a gating function of its own",
     "NemotronHExperts": "experts without a gate projection",
     "OpenAIPrivacyFilterExperts": "biases, transposed weights .*, a gating function of its own",
 }
@@ -148,10 +144,57 @@ def test_every_class_of_the_interface_works_or_is_refused_by_name():
         assert re.match(f"{name}: fp8moe does not support {REFUSED[name]}", message), message
 
 
-def test_other_activations_are_refused_by_name():
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("save", ["bf16", "fp8", "recompute"])
+def test_other_activations(device, kind, save):
+    model = build(kind, hidden_act="gelu").to(device)
+    ids = tokens(device)
+    eager = run(model, "eager", ids)
+    assert not failures(run(model, BF16, ids), eager, gates=(35.0, 38.0, 33.0))
+    name = huggingface.register(FP8Config(save=save), name="fp8moe_test")
+    assert not failures(run(model, name, ids), eager)
+    silu = run(build(kind).to(device), "eager", ids)
+    assert "logits" in failures(run(model, name, ids), silu)
+
+
+def test_a_gate_of_the_class_itself(device, monkeypatch):
+    """One that is not zero for zeros: padding, of rows and of I, must not show."""
+
+    def shifted(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return gate * torch.sigmoid(1.7 * gate) * (up + 1) + 1
+
+    model = build(moe_intermediate_size=40).to(device)
+    ids = tokens(device)
+    swiglu = run(model, "eager", ids)
+    kind = type(model.model.layers[0].mlp.experts)
+    monkeypatch.setattr(kind, "_apply_gate", shifted)
+    expected = run(model, "batched_mm", ids)
+    assert not failures(run(model, BF16, ids), expected, gates=(35.0, 38.0, 33.0))
+    assert not failures(run(model, "fp8moe", ids), expected)
+    assert "logits" in failures(swiglu, expected)
+
+
+def test_other_gates_compile_and_checkpoint():
+    name = huggingface.register(FP8Config(save="recompute"), name="fp8moe_test")
+    model = build(hidden_act="gelu")
+    ids = tokens()
+    expected = run(model, name, ids)
+    model.gradient_checkpointing_enable()
+    model.train()
+    again = run(model, name, ids)
+    assert all(torch.equal(again[1][key], grad) for key, grad in expected[1].items())
+    model.gradient_checkpointing_disable()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids).logits, expected[0])
+
+
+def test_replaced_and_frozen_experts_are_swiglu():
     model = build("mixtral", hidden_act="gelu")
-    with pytest.raises(ValueError, match="MixtralExperts: fp8moe does not support activation GELU"):
-        model(tokens())
+    report = fp8moe.replace_experts(model)
+    assert not report.replaced and "activation GELU" in report.left[0].reason
+    with pytest.raises(ValueError, match="activation GELU"):
+        fp8moe.freeze_experts(model)
 
 
 def test_refused_before_any_work(monkeypatch):
