@@ -34,8 +34,8 @@ Backward needs h and x. h is kept as `FP8Config.save` says; x is the caller's ow
 anyway, and is cast a second time. With save="fp8" neither h nor da' ever exists in BF16: SwiGLU,
 its backward pass and the casts are epilogues of the GEMMs.
 
-With a GEMM in BF16, or H or I not a multiple of 128, the layer is composed of the functions in
-unfused.py and of `grouped_linear`: the same mathematics, more passes.
+With a GEMM in BF16, H or I not a multiple of 128, or another gate than SwiGLU, the layer is
+composed of the functions in unfused.py and of `grouped_linear`: the same mathematics, more passes.
 
 expert_parallel.py is the same layer with its experts spread over the ranks of a process group.
 
@@ -47,7 +47,7 @@ Sources: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3, for scale
 Megatron-LM for folding p into the activation and for `main_grad`.
 """
 
-from fp8moe.functional.experts import swiglu_experts
+from fp8moe.functional.experts import gated_experts, swiglu_experts
 from fp8moe.functional.frozen import LowRank, frozen_swiglu_experts
 from fp8moe.functional.linear import grouped_linear
 from fp8moe.functional.observe import observe_fp8
@@ -62,6 +62,7 @@ __all__ = [
     "WeightCacheInfo",
     "clear_weight_cache",
     "frozen_swiglu_experts",
+    "gated_experts",
     "grouped_linear",
     "observe_fp8",
     "swiglu_experts",

@@ -31,11 +31,16 @@ def check_some(name: str, size: int) -> None:
         raise ValueError(f"{name}: expected at least 1, got {size}")
 
 
+def size_unit(config: FP8Config) -> int:
+    """What H and I must be multiples of, for the GEMMs that `config` chooses."""
+    # 16 bytes: what TMA, and the 16-byte loads of the row kernels, need at the start of a row.
+    return 16 if config.any_fp8 else 8
+
+
 def check_size(name: str, size: int, config: FP8Config) -> None:
     """Raise ValueError unless the GEMMs that `config` chooses take a dimension of `size`."""
     check_some(name, size)
-    # 16 bytes: what TMA, and the 16-byte loads of the row kernels, need at the start of a row.
-    check_multiple(f"{name}, in FP8" if config.any_fp8 else name, size, 16 if config.any_fp8 else 8)
+    check_multiple(f"{name}, in FP8" if config.any_fp8 else name, size, size_unit(config))
 
 
 def check_grouped_linear(

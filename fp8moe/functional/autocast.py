@@ -8,15 +8,16 @@ from typing import Any
 import torch
 
 
+def _on(device: torch.device) -> bool:
+    # Torch raises when asked about the meta device, on which models are traced and measured.
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def autocast_off(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """No autocast inside: our FP32 arithmetic must stay FP32. Entered only where autocast is on."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False) if _on(device) else contextlib.nullcontext()
 
 
 def result_dtype(x: torch.Tensor) -> torch.dtype:
     """autocast's dtype where it is on, else that of x."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    return torch.get_autocast_dtype(x.device.type) if _on(x.device) else x.dtype

@@ -27,6 +27,7 @@ from fp8moe.functional.unfused import (
     Permutation,
     PermuteRows,
     WeightedSwiglu,
+    weighted_gate,
 )
 from fp8moe.functional.weight_cache import fp8_weight, held, hold
 from fp8moe.kernels.fp8tensor import BLOCK, FP8Tensor
@@ -37,6 +38,8 @@ from fp8moe.kernels.permute import gather_slots, gather_sum
 from fp8moe.kernels.swiglu import swiglu_backward_cast, swiglu_cast
 
 Tensor = torch.Tensor
+
+Gate = Callable[[Tensor], Tensor]
 
 _FP8 = FP8Config()
 
@@ -258,6 +261,42 @@ def swiglu_experts(
 
     Source: the module's docstring.
     """
+    return _experts(x, topk_ids, topk_weights, w13, w2, config, None)
+
+
+def gated_experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    gate: Gate,
+    *,
+    config: FP8Config = _FP8,
+) -> Tensor:
+    """y[t] = sum_k p[t, k] gate(x[t] w13[e]^T) w2[e]^T: `swiglu_experts` with another gate.
+
+    The GEMMs are the same; the gate runs in torch between them, so nothing is fused with it and
+    save="fp8" keeps what torch's autograd keeps.
+
+    Args:
+        gate: (R, 2I) FP32 to (R, I), row by row, finite for zeros, differentiable.
+        x, topk_ids, topk_weights, w13, w2, config: as for `swiglu_experts`.
+
+    Returns, Raises: as `swiglu_experts`.
+    """
+    return _experts(x, topk_ids, topk_weights, w13, w2, config, gate)
+
+
+def _experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    config: FP8Config,
+    gate: Gate | None,
+) -> Tensor:
     check_swiglu_experts(x, topk_ids, topk_weights, w13, w2, config)
     x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
     dtype, grad = result_dtype(x), torch.is_grad_enabled()
@@ -265,9 +304,10 @@ def swiglu_experts(
         return NoRows.apply(tuple(x.shape), dtype, x, topk_weights, w13, w2)
     topk_weights = topk_weights.float()
     with autocast_off(x.device):
-        if config.all_fp8 and x.shape[1] % BLOCK == 0 and w2.shape[2] % BLOCK == 0:
+        aligned = x.shape[1] % BLOCK == 0 and w2.shape[2] % BLOCK == 0
+        if gate is None and config.all_fp8 and aligned:
             return SwigluExperts.apply(x, topk_ids, topk_weights, w13, w2, config, dtype, grad)
-        y = _unfused_experts(x, topk_ids, topk_weights, w13, w2, config, grad)
+        y = _unfused_experts(x, topk_ids, topk_weights, w13, w2, config, grad, gate)
         return y.to(dtype)
 
 
@@ -279,6 +319,7 @@ def _unfused_experts(
     w2: Tensor,
     config: FP8Config,
     grad: bool,
+    gate: Gate | None,
 ) -> Tensor:
     p = Permutation.of(topk_ids, w13.shape[0])
     rows, slots = p.row_of_slot, p.slot_of_row
@@ -286,7 +327,7 @@ def _unfused_experts(
     def permuted(x: Tensor) -> Tensor:
         return PermuteRows.apply(x, rows, slots)
 
-    y = unfused_rows(permuted, x.bfloat16(), topk_weights, p, w13, w2, config, grad)
+    y = unfused_rows(permuted, x.bfloat16(), topk_weights, p, w13, w2, config, grad, gate)
     return GatherSum.apply(y, rows, slots)
 
 
@@ -299,12 +340,14 @@ def unfused_rows(
     w2: Tensor,
     config: FP8Config,
     grad: bool,
+    gate: Gate | None = None,
 ) -> Tensor:
     """The layer composed of its pieces, up to one output row per slot, unsummed; differentiable.
 
     Args:
         permuted: gives the rows (Rcap, H) BF16 in the order of p, of x. With save="recompute" it is
             called again in backward.
+        gate: in place of SwiGLU.
 
     Returns: (Rcap, H) BF16 in the order of p.
     """
@@ -316,6 +359,8 @@ def unfused_rows(
 
     def activation(x: Tensor, topk_weights: Tensor) -> Tensor:
         h = linear(permuted(x), w13, ("x", "w13", "dh"))
+        if gate is not None:
+            return weighted_gate(gate, h, topk_weights, slots)
         return WeightedSwiglu.apply(h, topk_weights, rows, slots, config)
 
     if config.save == "recompute" and grad:

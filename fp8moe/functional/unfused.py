@@ -10,6 +10,7 @@ read.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +80,16 @@ def _weight_of_row(topk_weights: torch.Tensor, slot_of_row: torch.Tensor) -> tor
         return topk_weights.new_zeros((slot_of_row.shape[0], 1))
     p = topk_weights.reshape(-1).index_select(0, slot_of_row.clamp_min(0))
     return p.masked_fill(slot_of_row < 0, 0.0).unsqueeze(1)
+
+
+def weighted_gate(
+    gate: Callable[[torch.Tensor], torch.Tensor],
+    h: torch.Tensor,
+    topk_weights: torch.Tensor,
+    slot_of_row: torch.Tensor,
+) -> torch.Tensor:
+    """aw[r] = p[r] * gate(h[r]) in FP32, for a gate that torch differentiates; (R, I) BF16."""
+    return (gate(h.float()) * _weight_of_row(topk_weights, slot_of_row)).bfloat16()
 
 
 class WeightedSwiglu(torch.autograd.Function):

@@ -7,8 +7,8 @@
 
 Transformers calls a registered implementation as a function of the experts module and a finished
 routing. Weights stay where they are and keep their names, so checkpoints, optimizers, the Trainer,
-PEFT and parallelism plans see the model that they know. What such a module computes beyond SwiGLU
-(biases, clamps, transposed or interleaved weights) is refused when it is called.
+PEFT and parallelism plans see the model that they know. A gate other than SwiGLU runs in torch
+between the GEMMs; biases, transposed or interleaved weights are refused when the module is called.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def register(config: FP8Config | None = None, *, name: str = "fp8moe") -> str:
     """Make `experts_implementation=name` run fp8moe.swiglu_experts with this config.
 
     Works for every class of transformers that uses the experts interface with gate_up_proj
-    (E, 2I, H), down_proj (E, H, I) and SiLU. Importing this module registers "fp8moe" with
-    FP8Config(). Registering a name again replaces its config, also for models that use it; several
-    names let models of one process differ.
+    (E, 2I, H) and down_proj (E, H, I), without biases. Importing this module registers "fp8moe"
+    with FP8Config(). Registering a name again replaces its config, also for models that use it;
+    several names let models of one process differ.
 
     Args:
         config: which GEMMs run in FP8; FP8Config() by default.

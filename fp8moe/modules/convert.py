@@ -104,7 +104,6 @@ def _stacked_step(name: str, experts: Any, config: FP8Config) -> _Step:
         raise NotConvertible(reason)
     e, hidden, intermediate = experts.down_proj.shape
     check_size("hidden size", hidden, config)
-    check_size("intermediate size", intermediate, config)
     entry = Replaced(
         name, type(experts).__name__, e, hidden, intermediate, "gate_up_proj/down_proj kept"
     )

@@ -11,6 +11,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from fp8moe.functional.arguments import check_some
+from fp8moe.functional.autocast import autocast_off
 
 ScoreFunction = Literal["softmax", "sigmoid"]
 
@@ -50,7 +51,7 @@ class _LinearFP32(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         x, w = ctx.saved_tensors
         need_x, need_w = ctx.needs_input_grad
-        with torch.autocast(dy.device.type, enabled=False):
+        with autocast_off(dy.device):
             dx = (dy @ w.float()).to(x.dtype) if need_x else None
             dw = (dy.t() @ x.float()).to(w.dtype) if need_w else None
         return dx, dw
@@ -172,7 +173,7 @@ class Router(nn.Module):
         if self.training and self.jitter:
             noise = torch.empty_like(x_TH).uniform_(1 - self.jitter, 1 + self.jitter)
             x_TH = x_TH * noise
-        with torch.autocast(x_TH.device.type, enabled=False):
+        with autocast_off(x_TH.device):
             logits_TE = _LinearFP32.apply(x_TH, self.gate.weight)
             if self.score_func == "softmax":
                 scores_TE = logits_TE.softmax(dim=-1)

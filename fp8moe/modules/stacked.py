@@ -8,6 +8,7 @@ variants by attributes (`has_gate`, `has_bias`, `is_transposed`, `is_concatenate
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fp8moe.config import FP8Config
-from fp8moe.functional import swiglu_experts
-from fp8moe.functional.arguments import FLOATS, check_config
+from fp8moe.functional import gated_experts, swiglu_experts
+from fp8moe.functional.arguments import FLOATS, check_config, size_unit
 from fp8moe.modules.probe import distance, evaluating
 
 _PROBE_TOKENS = 8
@@ -36,11 +37,21 @@ def _name(activation: Any) -> str:
     return getattr(activation, "__name__", type(activation).__name__)
 
 
-def unsupported(experts: nn.Module) -> str | None:
+def _gate(experts: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The gating function of a class of transformers, gate and up rows to I; None if SwiGLU."""
+    gating: Any = getattr(experts, "_apply_gate", None)
+    if gating is None:
+        return None
+    default = gating.__name__ == "_default_apply_gate"
+    return None if default and is_silu(getattr(experts, "act_fn", None)) else gating
+
+
+def unsupported(experts: nn.Module, *, swiglu: bool = True) -> str | None:
     """Why swiglu_experts does not compute what this module does; None if it does.
 
     Args:
         experts: a module in this layout, or one of its variants.
+        swiglu: False: gated_experts with the module's own gate would do as well.
     """
     found = []
     if not getattr(experts, "has_gate", True):
@@ -51,11 +62,11 @@ def unsupported(experts: nn.Module) -> str | None:
         found.append("transposed weights (E, H, 2I) and (E, I, H)")
     if not getattr(experts, "is_concatenated", True):
         found.append("interleaved gate and up rows")
-    gating = getattr(type(experts), "_apply_gate", None)
-    activation = getattr(experts, "act_fn", None)
-    if gating is not None and gating.__name__ != "_default_apply_gate":
-        found.append("a gating function of its own (a clamp or the like)")
-    elif not is_silu(activation):
+    gate, activation = _gate(experts), getattr(experts, "act_fn", None)
+    if gate is not None and gate.__name__ != "_default_apply_gate":
+        if swiglu or found:
+            found.append("a gating function of its own (a clamp or the like)")
+    elif not is_silu(activation) and (swiglu or gate is None):
         found.append(f"activation {_name(activation)}")
     if found:
         return f"{', '.join(found)}; expected silu(gate) * up with (E, 2I, H) and (E, H, I)"
@@ -120,6 +131,21 @@ def _probe(experts: Any) -> str | None:
     return None
 
 
+def _padded(w13: torch.Tensor, w2: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights with I a multiple of `unit`: what the gate makes of zeros meets zero columns."""
+    short = -w2.shape[2] % unit
+    if not short:
+        return w13, w2
+    for name, w in (("gate_up_proj", w13), ("down_proj", w2)):
+        if getattr(w, "main_grad", None) is not None:  # it would not see the gradient of a copy
+            raise ValueError(
+                f"{name}.main_grad: expected an intermediate size that is a multiple of {unit}, "
+                f"got {w2.shape[2]}"
+            )
+    gate_up = w13.unflatten(1, (2, -1))
+    return F.pad(gate_up, (0, 0, 0, short)).flatten(1, 2), F.pad(w2, (0, short))
+
+
 def stacked_experts(
     experts: nn.Module,
     hidden_states: torch.Tensor,
@@ -127,22 +153,30 @@ def stacked_experts(
     top_k_weights: torch.Tensor,
     config: FP8Config,
 ) -> torch.Tensor:
-    """swiglu_experts with the weights of `experts`, in the dtype of `hidden_states`.
+    """The layer with the weights and the gate of `experts`, in the dtype of `hidden_states`.
+
+    That is swiglu_experts, or gated_experts where a class of transformers has another gate.
 
     Args:
-        experts: with gate_up_proj (E, 2I, H) and down_proj (E, H, I).
-        hidden_states: (T, H).
+        experts: with gate_up_proj (E, 2I, H) and down_proj (E, H, I), any I: one that the GEMMs
+            cannot take, as tensor parallelism may leave it, is padded with zeros in each forward.
+        hidden_states: (T, H), H a multiple of 16, or of 8 with all GEMMs in BF16.
         top_k_index: (T, K) integers, 0 to E; E itself drops the slot.
         top_k_weights: (T, K).
 
-    Raises: ValueError naming the class and what it has that swiglu_experts does not.
+    Raises: ValueError naming the class and what it has that neither of the two does.
     """
-    reason = unsupported(experts)
+    reason = unsupported(experts, swiglu=False)
     if reason is not None:
         raise ValueError(f"{type(experts).__name__}: fp8moe does not support {reason}")
-    w13: Any = experts.gate_up_proj
-    w2: Any = experts.down_proj
-    y = swiglu_experts(hidden_states, top_k_index, top_k_weights, w13, w2, config=config)
+    weights: Any = experts
+    gate = _gate(experts)
+    w13, w2 = _padded(weights.gate_up_proj, weights.down_proj, size_unit(config))
+    routed = hidden_states, top_k_index, top_k_weights
+    if gate is None:
+        y = swiglu_experts(*routed, w13, w2, config=config)
+    else:
+        y = gated_experts(*routed, w13, w2, gate, config=config)
     return y.to(hidden_states.dtype)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from fp8moe import quant, testing
 from fp8moe.config import FP8Config
-from fp8moe.functional import swiglu_experts
+from fp8moe.functional import gated_experts, swiglu_experts
 
 # Expected SQNR of the layer on Gaussian data with power-of-two scales, h saved in BF16 or in FP8.
 # Simulated apart from this code; a gate is 1 dB below.
@@ -63,6 +63,27 @@ def test_sqnr_of_output_and_gradients(make_layer, shape, save):
     layer = make_layer(**SHAPES[shape])
     result = layer.run(FP8Config(save=save))
     assert failures(result, layer.exact(), layer, save) == set()
+
+
+@pytest.mark.parametrize("save", ["bf16", "fp8", "recompute"])
+@pytest.mark.parametrize("shape", ["two experts take all", "dropped slots", "not multiples of 128"])
+def test_a_gate_in_torch(make_layer, shape, save):
+    def run(gate):
+        leaves = layer.leaves()
+        x, weights, w13, w2 = leaves
+        y = gated_experts(x, layer.ids, weights, w13, w2, gate, config=FP8Config(save=save))
+        return type(exact)(y.detach(), *torch.autograd.grad(y, leaves, layer.dy.to(y.dtype)))
+
+    def swiglu(h):
+        assert h.dtype == torch.float32
+        gate, up = h.chunk(2, dim=1)
+        return torch.nn.functional.silu(gate) * up
+
+    layer = make_layer(**SHAPES[shape])
+    exact = layer.exact()
+    assert failures(run(swiglu), exact, layer) == set()
+    gelu = run(lambda h: torch.nn.functional.gelu(h.chunk(2, dim=1)[0]) * h.chunk(2, dim=1)[1])
+    assert failures(gelu, exact, layer) == set(exact._fields)
 
 
 def test_fp32_scales(make_layer):

@@ -27,6 +27,7 @@ from tiny_models import (
     transformers,
 )
 
+import fp8moe
 from fp8moe import testing
 from fp8moe.config import FP8Config
 
@@ -97,11 +98,7 @@ def interface_classes():
 
 
 REFUSED = {
-    "DeepseekV4Experts": "a gating function of its own",
-    "Glm5NextTextExperts": "a gating function of its own",
     "GptOssExperts": "biases, transposed weights .*, interleaved .*, a gating function of its own",
-    "HYV4Experts": "a gating function of its own",
-    "MiniMaxM3VLExperts": "a gating function of its own",
     "NemotronHExperts": "experts without a gate projection",
     "OpenAIPrivacyFilterExperts": "biases, transposed weights .*, a gating function of its own",
 }
@@ -147,10 +144,57 @@ def test_every_class_of_the_interface_works_or_is_refused_by_name():
         assert re.match(f"{name}: fp8moe does not support {REFUSED[name]}", message), message
 
 
-def test_other_activations_are_refused_by_name():
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("save", ["bf16", "fp8", "recompute"])
+def test_other_activations(device, kind, save):
+    model = build(kind, hidden_act="gelu").to(device)
+    ids = tokens(device)
+    eager = run(model, "eager", ids)
+    assert not failures(run(model, BF16, ids), eager, gates=(35.0, 38.0, 33.0))
+    name = huggingface.register(FP8Config(save=save), name="fp8moe_test")
+    assert not failures(run(model, name, ids), eager)
+    silu = run(build(kind).to(device), "eager", ids)
+    assert "logits" in failures(run(model, name, ids), silu)
+
+
+def test_a_gate_of_the_class_itself(device, monkeypatch):
+    """One that is not zero for zeros: padding, of rows and of I, must not show."""
+
+    def shifted(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return gate * torch.sigmoid(1.7 * gate) * (up + 1) + 1
+
+    model = build(moe_intermediate_size=40).to(device)
+    ids = tokens(device)
+    swiglu = run(model, "eager", ids)
+    kind = type(model.model.layers[0].mlp.experts)
+    monkeypatch.setattr(kind, "_apply_gate", shifted)
+    expected = run(model, "batched_mm", ids)
+    assert not failures(run(model, BF16, ids), expected, gates=(35.0, 38.0, 33.0))
+    assert not failures(run(model, "fp8moe", ids), expected)
+    assert "logits" in failures(swiglu, expected)
+
+
+def test_other_gates_compile_and_checkpoint():
+    name = huggingface.register(FP8Config(save="recompute"), name="fp8moe_test")
+    model = build(hidden_act="gelu")
+    ids = tokens()
+    expected = run(model, name, ids)
+    model.gradient_checkpointing_enable()
+    model.train()
+    again = run(model, name, ids)
+    assert all(torch.equal(again[1][key], grad) for key, grad in expected[1].items())
+    model.gradient_checkpointing_disable()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids).logits, expected[0])
+
+
+def test_replaced_and_frozen_experts_are_swiglu():
     model = build("mixtral", hidden_act="gelu")
-    with pytest.raises(ValueError, match="MixtralExperts: fp8moe does not support activation GELU"):
-        model(tokens())
+    report = fp8moe.replace_experts(model)
+    assert not report.replaced and "activation GELU" in report.left[0].reason
+    with pytest.raises(ValueError, match="activation GELU"):
+        fp8moe.freeze_experts(model)
 
 
 def test_refused_before_any_work(monkeypatch):
@@ -163,12 +207,53 @@ def test_refused_before_any_work(monkeypatch):
         model(tokens())
 
 
-def test_sizes_that_the_gemms_cannot_take_are_refused():
+@pytest.mark.parametrize("intermediate", [136, 37])
+def test_any_intermediate_size(device, intermediate):
+    """Tensor parallelism and tiny models have sizes that no FP8 GEMM takes."""
+    model = build(moe_intermediate_size=intermediate).to(device)
+    ids = tokens(device)
+    eager = run(model, "eager", ids)
+    assert not failures(run(model, BF16, ids), eager, gates=(35.0, 38.0, 33.0))
+    assert not failures(run(model, "fp8moe", ids), eager)
+    assert len(fp8moe.replace_experts(model).replaced) == 1
+
+
+def test_padding_at_the_wrong_rows_fails_the_gates(monkeypatch):
+    def pad_the_end(w13, w2, unit):
+        short = -w2.shape[2] % unit
+        pad = torch.nn.functional.pad
+        return pad(w13, (0, 0, 0, 2 * short)), pad(w2, (0, short))
+
     model = build(moe_intermediate_size=136)
-    with pytest.raises(ValueError, match="w2: I, in FP8: expected a multiple of 16, got 136"):
+    ids = tokens()
+    eager = run(model, "eager", ids)
+    monkeypatch.setattr("fp8moe.modules.stacked._padded", pad_the_end)
+    assert "logits" in failures(run(model, "fp8moe", ids), eager)
+
+
+def test_padded_weights_cannot_have_a_main_grad():
+    model = build(moe_intermediate_size=136)
+    weight = model.model.layers[0].mlp.experts.down_proj
+    weight.main_grad = torch.zeros(weight.shape)
+    with pytest.raises(ValueError, match=r"down_proj.main_grad: .*multiple of 16, got 136"):
+        model(tokens())
+
+
+def test_a_hidden_size_that_the_gemms_cannot_take_is_refused():
+    model = build(hidden_size=136)
+    with pytest.raises(ValueError, match="x: H, in FP8: expected a multiple of 16, got 136"):
         model(tokens())
     model.set_experts_implementation(BF16)
     model(tokens())
+
+
+@pytest.mark.parametrize("implementation", ["fp8moe", BF16])
+def test_on_the_meta_device(implementation):
+    with torch.device("meta"):
+        model = build(implementation=implementation)
+    output = model(input_ids=tokens("meta"), labels=tokens("meta"))
+    output.loss.backward()
+    assert output.logits.is_meta and model.model.layers[0].mlp.experts.down_proj.grad.is_meta
 
 
 def test_fp8_weights_of_transformers_are_refused():

@@ -76,6 +76,18 @@ def test_state_dict_with_everything(device):
     }
 
 
+@pytest.mark.parametrize("inner", [I, I + 16])
+@pytest.mark.parametrize("config", [FP8Config(), FP8Config(save="fp8"), FP8Config.bf16()])
+def test_shapes_on_the_meta_device(config, inner):
+    with torch.device("meta"):
+        moe = MoE(Router(H, E, K, balance_loss_coeff=0.1), Experts(E, H, inner, config=config))
+    x = hidden("meta").requires_grad_()
+    y, aux_loss = moe(x)
+    (y.sum() + aux_loss).backward()
+    assert y.is_meta and y.shape == x.shape == x.grad.shape
+    assert all(p.grad.shape == p.shape for p in moe.parameters())
+
+
 def gradients(moe, x, run):
     moe.zero_grad()
     y, aux_loss = run(moe, x)
