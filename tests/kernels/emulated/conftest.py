@@ -139,11 +139,24 @@ _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
 
 class CannotRunError(Exception):
-    """A source that is no C++, or none that the emulation knows.
+    """A source that is no C++, or none that the emulation knows, or lacks what is to be replaced.
 
     Neither an AssertionError nor a RuntimeError, which the tests of planted errors expect: a plant
-    that does not even compile shows nothing.
+    that is not there or does not even compile shows nothing.
     """
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, right: str, wrong: str) -> None:
+    """Every kernel is compiled with `wrong` in the place of `right`."""
+    render = jit.render
+
+    def planted(spec: jit.KernelSpec) -> str:
+        source = render(spec)
+        if right not in source:
+            raise CannotRunError(f"{spec.source}: nothing to replace, {right!r} is not there")
+        return source.replace(right, wrong)
+
+    monkeypatch.setattr(jit, "render", planted)
 
 
 def _split(text: str, separator: str) -> list[str]:

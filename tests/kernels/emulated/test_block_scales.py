@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from fp8moe import testing
-from fp8moe.kernels import cast, cast_permute, jit, permute, reference
+from fp8moe.kernels import cast, cast_permute, permute, reference
+
+from .conftest import plant
 
 Start = Callable[..., torch.Tensor]
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -97,18 +99,6 @@ def test_blocks_of_any_row_scales(emulated: Start, base: int, pow2: bool) -> Non
 
 
 # -------------------------------------------------------------------------------- negative controls
-
-
-def plant(monkeypatch: pytest.MonkeyPatch, right: str, wrong: str) -> None:
-    """Every kernel is compiled with `wrong` in the place of `right`."""
-    render = jit.render
-
-    def planted(spec: jit.KernelSpec) -> str:
-        source = render(spec)
-        assert right in source
-        return source.replace(right, wrong)
-
-    monkeypatch.setattr(jit, "render", planted)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from fp8moe.kernels import gemm
 from fp8moe.kernels.fp8tensor import FP8Tensor
 from fp8moe.kernels.heuristics import Grouping, Output, Problem, Tile
 
-from .test_emulated import plant
+from .conftest import plant
 
 Start = Any
 PAIR = Tile(128, 128, pair=2)

@@ -17,6 +17,8 @@ from fp8moe import testing
 from fp8moe.kernels import cast, cast_permute, dispatch, gather, permute, reference, routing
 from fp8moe.kernels.fp8tensor import ceil_div
 
+from .conftest import plant
+
 Start = Callable[..., torch.Tensor]
 
 
@@ -293,18 +295,6 @@ def test_cast_permute(emulated: Start, pow2: bool, spread: int, topk: int, hidde
 
 
 # -------------------------------------------------------------------------------- negative controls
-
-
-def plant(monkeypatch: pytest.MonkeyPatch, right: str, wrong: str) -> None:
-    """Every kernel is compiled with `wrong` in the place of `right`."""
-    render = cast.jit.render
-
-    def planted(spec: cast.jit.KernelSpec) -> str:
-        source = render(spec)
-        assert right in source
-        return source.replace(right, wrong)
-
-    monkeypatch.setattr(cast.jit, "render", planted)
 
 
 @pytest.mark.parametrize(

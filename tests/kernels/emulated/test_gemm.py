@@ -15,7 +15,8 @@ from fp8moe.kernels import gemm, gemm_swiglu, swiglu
 from fp8moe.kernels.fp8tensor import BLOCK, ceil_div
 from fp8moe.kernels.heuristics import Grouping, Output, Problem, Tile
 
-from .test_emulated import assert_same, plant
+from .conftest import plant
+from .test_emulated import assert_same
 
 Start = Any
 
@@ -50,8 +51,10 @@ class Case:
     def fused(self, pow2: bool) -> tuple[torch.Tensor, ...]:
         return gemm_swiglu._cuda(*self.a, *self.b, self.ends, self.weights, self.slots, pow2)
 
-    def check(self, h: torch.Tensor, fused: tuple[torch.Tensor, ...], pow2: bool) -> None:
-        apart = swiglu._both_cuda(h, self.weights, self.slots, pow2)
+    def apart(self, pow2: bool) -> tuple[torch.Tensor, ...]:
+        return swiglu._both_cuda(self.gemm(gemm_swiglu.TILE), self.weights, self.slots, pow2)
+
+    def check(self, fused: tuple[torch.Tensor, ...], apart: tuple[torch.Tensor, ...]) -> None:
         for got, wanted in zip(fused, apart, strict=True):
             assert_same(got[: self.used], wanted[: self.used])
             rest = got.t()[:, self.used :].contiguous().view(torch.uint8)
@@ -136,7 +139,7 @@ def test_gemm_with_swiglu_has_the_bits_of_both_kernels(
     scale[7] *= 2.0**60
     words = emulated(gemm, gemm_swiglu, swiglu)
     emulated.readable += [case.weights, case.slots]  # their addresses are in a struct
-    case.check(case.gemm(gemm_swiglu.TILE), case.fused(pow2), pow2)
+    case.check(case.fused(pow2), case.apart(pow2))
     assert not words.any()
 
 
@@ -147,7 +150,7 @@ def test_gemm_with_swiglu_has_the_bits_of_both_kernels(
         ("lane * (n_blocks / 2)", "lane"),
         ("a + A_BYTES + B_BYTES / 2", "a + A_BYTES"),
         ("full(stage), STAGE_BYTES", "full(stage), STAGE_BYTES - 16384"),
-        ("mbarrier_init(empty(stage), CONSUMER_WARPS)", "mbarrier_init(empty(stage), 1)"),
+        ("mbarrier_init(empty(stage), CONSUMER_WARPS * PAIR)", "mbarrier_init(empty(stage), 1)"),
         ("0x7632), __byte_perm(v.z", "0x5410), __byte_perm(v.z"),
         ("lane % 16, c + lane / 16)", "lane % 16, c + lane / 8 % 2)"),
         ("first_row + lane % 16) : kPad", "first_row + lane % 8) : kPad"),
@@ -167,7 +170,7 @@ def test_a_planted_error_is_seen(
     case = Case([40, 131], 256, 768)
     emulated(gemm, gemm_swiglu, swiglu)
     emulated.readable += [case.weights, case.slots]
-    h = case.gemm(gemm_swiglu.TILE)
+    apart = case.apart(True)
     plant(monkeypatch, right, wrong)
     with pytest.raises((AssertionError, RuntimeError)):
-        case.check(h, case.fused(True), True)
+        case.check(case.fused(True), apart)

@@ -9,7 +9,8 @@ import torch
 
 from fp8moe.kernels import reference, swiglu
 
-from .test_emulated import Start, assert_same, plant, routed, used_rows
+from .conftest import plant
+from .test_emulated import Start, assert_same, routed, used_rows
 
 
 @pytest.mark.parametrize("h_fp8", [False, True], ids=["h bf16", "h fp8"])
