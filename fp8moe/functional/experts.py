@@ -261,7 +261,7 @@ def swiglu_experts(
 
     Source: the module's docstring.
     """
-    return _experts(x, topk_ids, topk_weights, w13, w2, config, None)
+    return gated_experts(x, topk_ids, topk_weights, w13, w2, None, config=config)
 
 
 def gated_experts(
@@ -270,7 +270,7 @@ def gated_experts(
     topk_weights: Tensor,
     w13: Tensor,
     w2: Tensor,
-    gate: Gate,
+    gate: Gate | None,
     *,
     config: FP8Config = _FP8,
 ) -> Tensor:
@@ -280,23 +280,11 @@ def gated_experts(
     save="fp8" keeps what torch's autograd keeps.
 
     Args:
-        gate: (R, 2I) FP32 to (R, I), row by row, finite for zeros, differentiable.
+        gate: (R, 2I) FP32 to (R, I), row by row, finite for zeros, differentiable; None: SwiGLU.
         x, topk_ids, topk_weights, w13, w2, config: as for `swiglu_experts`.
 
     Returns, Raises: as `swiglu_experts`.
     """
-    return _experts(x, topk_ids, topk_weights, w13, w2, config, gate)
-
-
-def _experts(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    config: FP8Config,
-    gate: Gate | None,
-) -> Tensor:
     check_swiglu_experts(x, topk_ids, topk_weights, w13, w2, config)
     x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
     dtype, grad = result_dtype(x), torch.is_grad_enabled()

@@ -30,10 +30,7 @@ def spec(grouping: Grouping, output: Output, tile: Tile, groups: int) -> jit.Ker
         (
             ("GROUPING", int(grouping)),
             ("OUTPUT", int(output)),
-            ("BLOCK_M", tile.block_m),
-            ("BLOCK_N", tile.block_n),
-            ("SPLITS", tile.splits),
-            ("PAIR", tile.pair),
+            *tile.constants,
             ("STAGES", tile.stages(groups)),
             ("ASYNC_STORE", int(tile.async_store)),
         ),

@@ -30,10 +30,7 @@ def spec(pow2: bool, groups: int) -> jit.KernelSpec:
         (
             ("GROUPING", int(Grouping.M_GROUPED)),
             ("OUTPUT", _OUTPUT_SWIGLU),
-            ("BLOCK_M", TILE.block_m),
-            ("BLOCK_N", TILE.block_n),
-            ("SPLITS", TILE.splits),
-            ("PAIR", TILE.pair),
+            *TILE.constants,
             # Two panels of staging a warp, as for BF16, hence the same stages and shared memory.
             ("STAGES", TILE.stages(groups)),
             ("ASYNC_STORE", 0),

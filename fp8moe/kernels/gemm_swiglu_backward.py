@@ -53,10 +53,7 @@ def spec(pow2: bool) -> jit.KernelSpec:
         (
             ("GROUPING", int(Grouping.M_GROUPED)),
             ("OUTPUT", _OUTPUT_SWIGLU_BACKWARD),
-            ("BLOCK_M", TILE.block_m),
-            ("BLOCK_N", TILE.block_n),
-            ("SPLITS", TILE.splits),
-            ("PAIR", TILE.pair),
+            *TILE.constants,
             ("STAGES", STAGES),
             ("ASYNC_STORE", 0),
             ("POW2", int(pow2)),

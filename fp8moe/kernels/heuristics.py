@@ -115,6 +115,16 @@ class Tile:
         return f"{self.block_m}x{self.block_n}{split}" + (" pair" if self.pair > 1 else "")
 
     @property
+    def constants(self) -> tuple[tuple[str, int], ...]:
+        """What csrc/gemm.cuh is told of the tile."""
+        return (
+            ("BLOCK_M", self.block_m),
+            ("BLOCK_N", self.block_n),
+            ("SPLITS", self.splits),
+            ("PAIR", self.pair),
+        )
+
+    @property
     def rows(self) -> int:
         """Rows of a step along m: of the tile, or of both tiles of a pair."""
         return self.block_m * self.pair
@@ -193,12 +203,17 @@ def max_tiles(p: Problem, t: Tile) -> int:
     return rows * columns * (1 if p.grouping == Grouping.DENSE else p.groups)
 
 
+def _at_once(t: Tile, num_sms: int) -> int:
+    """Tiles (or pairs) that the SMs compute at a time."""
+    return max(1, num_sms // t.pair)
+
+
 def grid(p: Problem, t: Tile, num_sms: int) -> int:
     """CTAs to launch: one for each SM at most; of split tiles one for each part, however many."""
     tiles = max_tiles(p, t)
     if t.splits > 1:
         return tiles * t.splits
-    return min(max(1, num_sms // t.pair), tiles) * t.pair
+    return min(_at_once(t, num_sms), tiles) * t.pair
 
 
 def _block_cycles(t: Tile) -> float:
@@ -224,7 +239,7 @@ def estimate(p: Problem, t: Tile, num_sms: int) -> float:
         # A cluster lies within one GPC, whose SMs may leave a rest: clusters of four that ask for
         # 128 of 132 SMs took two waves.
         num_sms = num_sms if t.splits == 2 else max(1, num_sms * 3 // 4)
-    waves = _ceil(tiles, max(1, num_sms // t.pair))
+    waves = _ceil(tiles, _at_once(t, num_sms))
 
     touched = {Output.BF16: 2, Output.F32: 4, Output.ADD: 8}[p.output]
     outputs = p.groups if p.grouping in (Grouping.K_GROUPED, Grouping.MASKED) else 1
@@ -239,7 +254,7 @@ def estimate(p: Problem, t: Tile, num_sms: int) -> float:
 def band(p: Problem, t: Tile, num_sms: int) -> int:
     """Tiles (or pairs) along m that are walked together: the fewest distinct bytes in one wave."""
     _, rows = _tiles(p, t)
-    at_once = max(1, num_sms // t.pair)
+    at_once = _at_once(t, num_sms)
 
     def wave_bytes(b: int) -> int:
         width = min(b, rows)

@@ -83,17 +83,15 @@ def grad_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
 
     Raises: ValueError for a parameter whose gradient was added to main_grad and is not its grad.
     """
-    parameters = list(parameters)
-    for p in parameters:
-        if p.grad is None and getattr(p, "grad_added_to_main_grad", False):
-            raise ValueError(
-                "parameters: expected gradients in grad, got a parameter of shape "
-                f"{tuple(p.shape)} that has it in main_grad: move it to grad first"
-            )
     by_mesh: dict[object, list[torch.Tensor]] = {}
     for p in parameters:
         if p.grad is not None:
             by_mesh.setdefault(getattr(p.grad, "device_mesh", None), []).append(p.grad)
+        elif getattr(p, "grad_added_to_main_grad", False):
+            raise ValueError(
+                "parameters: expected gradients in grad, got a parameter of shape "
+                f"{tuple(p.shape)} that has it in main_grad: move it to grad first"
+            )
     norms = []
     for grads in by_mesh.values():
         norm = torch.nn.utils.get_total_norm(grads)

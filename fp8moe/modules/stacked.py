@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fp8moe.config import FP8Config
-from fp8moe.functional import gated_experts, swiglu_experts
+from fp8moe.functional import gated_experts
 from fp8moe.functional.arguments import FLOATS, check_config, size_unit
 from fp8moe.modules.probe import distance, evaluating
 
@@ -153,9 +153,7 @@ def stacked_experts(
     top_k_weights: torch.Tensor,
     config: FP8Config,
 ) -> torch.Tensor:
-    """The layer with the weights and the gate of `experts`, in the dtype of `hidden_states`.
-
-    That is swiglu_experts, or gated_experts where a class of transformers has another gate.
+    """gated_experts with the weights and the gate of `experts`, in the dtype of `hidden_states`.
 
     Args:
         experts: with gate_up_proj (E, 2I, H) and down_proj (E, H, I), any I: one that the GEMMs
@@ -164,19 +162,15 @@ def stacked_experts(
         top_k_index: (T, K) integers, 0 to E; E itself drops the slot.
         top_k_weights: (T, K).
 
-    Raises: ValueError naming the class and what it has that neither of the two does.
+    Raises: ValueError naming the class and what it has that gated_experts does not.
     """
     reason = unsupported(experts, swiglu=False)
     if reason is not None:
         raise ValueError(f"{type(experts).__name__}: fp8moe does not support {reason}")
     weights: Any = experts
-    gate = _gate(experts)
     w13, w2 = _padded(weights.gate_up_proj, weights.down_proj, size_unit(config))
     routed = hidden_states, top_k_index, top_k_weights
-    if gate is None:
-        y = swiglu_experts(*routed, w13, w2, config=config)
-    else:
-        y = gated_experts(*routed, w13, w2, gate, config=config)
+    y = gated_experts(*routed, w13, w2, _gate(experts), config=config)
     return y.to(hidden_states.dtype)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..pretrain.config import Config, UserError
+from ..pretrain.config import Config, UserError, setting
 from ..pretrain.presets import has_hopper
 
 SETTINGS = "settings.json"
@@ -21,38 +21,34 @@ FREE = ("steps", "experts", "checkpoint_every", "log_every")
 EXPERTS = ("fp8", "bf16", "deepspeed")
 
 
-def _option(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class Options:
     """The options of the command line; the DeepSpeed configuration has the rest."""
 
-    experts: str = _option(
+    experts: str = setting(
         "fp8", "fp8 or bf16: grouped, by fp8moe; deepspeed: DeepSpeed's own loop in BF16"
     )
-    ep_size: int = _option(1, "processes that share one set of experts")
-    layers: int = _option(2, "transformer layers, each with a mixture of experts")
-    d_model: int = _option(128, "width of the model (H)")
-    heads: int = _option(4, "attention heads")
-    num_experts: int = _option(4, "experts per layer (E)")
-    top_k: int = _option(2, "experts that a token goes to (K)")
-    d_expert: int = _option(128, "inner width of an expert (I)")
-    seq_len: int = _option(128, "tokens in a sequence")
-    capacity_factor: float = _option(
+    ep_size: int = setting(1, "processes that share one set of experts")
+    layers: int = setting(2, "transformer layers, each with a mixture of experts")
+    d_model: int = setting(128, "width of the model (H)")
+    heads: int = setting(4, "attention heads")
+    num_experts: int = setting(4, "experts per layer (E)")
+    top_k: int = setting(2, "experts that a token goes to (K)")
+    d_expert: int = setting(128, "inner width of an expert (I)")
+    seq_len: int = setting(128, "tokens in a sequence")
+    capacity_factor: float = setting(
         1.25, "places of an expert, over those it needs if all get as many; 0: no token is dropped"
     )
-    balance_loss: float = _option(0.01, "weight of the load-balancing loss")
-    steps: int = _option(20, "optimizer steps")
-    eval_batches: int = _option(4, "batches of a validation")
-    log_every: int = _option(5, "steps between two lines of progress")
-    checkpoint_every: int = _option(
+    balance_loss: float = setting(0.01, "weight of the load-balancing loss")
+    steps: int = setting(20, "optimizer steps")
+    eval_batches: int = setting(4, "batches of a validation")
+    log_every: int = setting(5, "steps between two lines of progress")
+    checkpoint_every: int = setting(
         10, "steps between two checkpoints, and one after the last; 0: none at all"
     )
-    seed: int = _option(0, "seed of weights and data order")
-    data: str | None = _option(None, "file or folder of text; default: the .py files of torch")
-    pattern: str | None = _option(None, "glob that file names of a folder must match")
+    seed: int = setting(0, "seed of weights and data order")
+    data: str | None = setting(None, "file or folder of text; default: the .py files of torch")
+    pattern: str | None = setting(None, "glob that file names of a folder must match")
 
     def check(self, world_size: int) -> None:
         """Raises: UserError for options that no run on `world_size` processes can have."""

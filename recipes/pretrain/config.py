@@ -16,7 +16,8 @@ class UserError(ValueError):
     """A request that cannot be carried out: printed without a traceback, nothing written."""
 
 
-def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+def setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field that the command line has as an option, with this help."""
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
@@ -24,55 +25,55 @@ def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> 
 class Config:
     """Everything that decides the numbers of a run: equal configs and data, equal runs."""
 
-    model: str = _option("both", "which twins to train", ("both", "fp8", "bf16"))
-    device: str = _option("cpu", "where to train", ("cpu", "cuda"))
-    seed: int = _option(0, "seed of the weights, of the data order and of the text samples")
+    model: str = setting("both", "which twins to train", ("both", "fp8", "bf16"))
+    device: str = setting("cpu", "where to train", ("cpu", "cuda"))
+    seed: int = setting(0, "seed of the weights, of the data order and of the text samples")
 
-    data: str | None = _option(None, "file or folder of text; default: .py files of torch")
-    pattern: str | None = _option(None, "glob that file names of a folder must match")
-    valid_fraction: float = _option(0.02, "share of the bytes held out for validation, by file")
+    data: str | None = setting(None, "file or folder of text; default: .py files of torch")
+    pattern: str | None = setting(None, "glob that file names of a folder must match")
+    valid_fraction: float = setting(0.02, "share of the bytes held out for validation, by file")
 
-    layers: int = _option(3, "transformer layers, each with a mixture of experts")
-    d_model: int = _option(256, "width of the model (H)")
-    heads: int = _option(4, "attention heads")
-    experts: int = _option(8, "experts per layer (E)")
-    top_k: int = _option(2, "experts that a token goes to (K)")
-    d_expert: int = _option(128, "inner width of an expert (I)")
+    layers: int = setting(3, "transformer layers, each with a mixture of experts")
+    d_model: int = setting(256, "width of the model (H)")
+    heads: int = setting(4, "attention heads")
+    experts: int = setting(8, "experts per layer (E)")
+    top_k: int = setting(2, "experts that a token goes to (K)")
+    d_expert: int = setting(128, "inner width of an expert (I)")
 
-    seq_len: int = _option(256, "tokens in a sequence")
-    batch_size: int = _option(8, "sequences in a micro-batch")
-    grad_accumulation: int = _option(1, "micro-batches in a step")
-    steps: int = _option(450, "optimizer steps")
+    seq_len: int = setting(256, "tokens in a sequence")
+    batch_size: int = setting(8, "sequences in a micro-batch")
+    grad_accumulation: int = setting(1, "micro-batches in a step")
+    steps: int = setting(450, "optimizer steps")
 
-    ep: int = _option(1, "processes that share the batches and the experts (see parallel.py)")
+    ep: int = setting(1, "processes that share the batches and the experts (see parallel.py)")
 
-    nudge: float = _option(0.0, "relative error of the first weights: shows what chance does")
-    lr: float = _option(1e-3, "peak learning rate")
-    min_lr: float = _option(0.1, "last learning rate, as a share of the peak")
-    warmup_steps: int = _option(45, "steps of linear warm-up before the cosine")
-    weight_decay: float = _option(0.1, "AdamW weight decay of the matrices")
-    beta1: float = _option(0.9, "AdamW beta 1")
-    beta2: float = _option(0.95, "AdamW beta 2")
-    clip: float = _option(1.0, "largest gradient norm")
-    balance_loss: float = _option(0.01, "weight of the load-balancing loss")
-    z_loss: float = _option(0.001, "weight of the router's z-loss")
+    nudge: float = setting(0.0, "relative error of the first weights: shows what chance does")
+    lr: float = setting(1e-3, "peak learning rate")
+    min_lr: float = setting(0.1, "last learning rate, as a share of the peak")
+    warmup_steps: int = setting(45, "steps of linear warm-up before the cosine")
+    weight_decay: float = setting(0.1, "AdamW weight decay of the matrices")
+    beta1: float = setting(0.9, "AdamW beta 1")
+    beta2: float = setting(0.95, "AdamW beta 2")
+    clip: float = setting(1.0, "largest gradient norm")
+    balance_loss: float = setting(0.01, "weight of the load-balancing loss")
+    z_loss: float = setting(0.001, "weight of the router's z-loss")
 
-    pow2_scales: bool = _option(True, "round FP8 scales, of weights too, up to powers of two")
-    fp8_gemms: str = _option(
+    pow2_scales: bool = setting(True, "round FP8 scales, of weights too, up to powers of two")
+    fp8_gemms: str = setting(
         "all", "which GEMMs the FP8 model has in FP8", ("all", "fprop", "dgrad", "wgrad")
     )
-    save: Save = _option("bf16", "what FP8 experts keep for backward", ("bf16", "fp8", "recompute"))
+    save: Save = setting("bf16", "what FP8 experts keep for backward", ("bf16", "fp8", "recompute"))
 
-    compile: bool = _option(False, "torch.compile around the FP8 experts (see the README)")
+    compile: bool = setting(False, "torch.compile around the FP8 experts (see the README)")
 
-    log_every: int = _option(5, "steps between two reads of the device's metrics")
-    eval_every: int = _option(50, "steps between two validations")
-    eval_batches: int = _option(8, "micro-batches in a validation")
-    observe_every: int = _option(25, "steps between two looks at FP8 values; 0: never")
-    checkpoint_every: int = _option(100, "steps between two checkpoints; 0: only at a stop")
-    keep: int = _option(2, "checkpoints to keep")
-    sample_bytes: int = _option(200, "bytes of text to write at the end; 0: none")
-    temperature: float = _option(0.7, "temperature of that text")
+    log_every: int = setting(5, "steps between two reads of the device's metrics")
+    eval_every: int = setting(50, "steps between two validations")
+    eval_batches: int = setting(8, "micro-batches in a validation")
+    observe_every: int = setting(25, "steps between two looks at FP8 values; 0: never")
+    checkpoint_every: int = setting(100, "steps between two checkpoints; 0: only at a stop")
+    keep: int = setting(2, "checkpoints to keep")
+    sample_bytes: int = setting(200, "bytes of text to write at the end; 0: none")
+    temperature: float = setting(0.7, "temperature of that text")
 
     @property
     def twins(self) -> tuple[str, ...]:

@@ -202,7 +202,7 @@ def test_refused_before_any_work(monkeypatch):
         **SIZES, num_hidden_layers=1, num_local_experts=E, head_dim=64
     )
     model = transformers.AutoModelForCausalLM.from_config(gpt_oss, experts_implementation="fp8moe")
-    monkeypatch.setattr("fp8moe.modules.stacked.swiglu_experts", None)
+    monkeypatch.setattr("fp8moe.modules.stacked.gated_experts", None)
     with pytest.raises(ValueError, match="GptOssExperts: fp8moe does not support biases"):
         model(tokens())
 
