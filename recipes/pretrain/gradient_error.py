@@ -11,8 +11,8 @@ the gradient of the BF16 model, d what a rounding adds to it and E the mean over
     noise  rms |d - E d| / rms |g - E g|   its square is added to the variance of a batch's gradient
 
 |E d|^2 and |E g|^2 are estimated without a share of the noise, as products of the means over every
-other batch; too few batches may show no E g (nan). Rounded weights are the same in all batches, so
-all of E d that they cause counts as bias, though it is the right gradient for those weights.
+other batch; too few batches may show no E g (nan). Rounded weights are off by the same in every
+batch, so their error has a bias, though what comes out is the right gradient for those weights.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from .run import CONFIG, RunFolder, check_same_data
 Gradients = dict[str, Tensor]
 
 PARTS = ("embedding", "attention", "router", "w13", "w2", "norm")
+GEMMS = ("fprop", "dgrad", "wgrad")
 ROUNDINGS = {
     "fp8": "all that the FP8 model rounds",
     "fprop": "operands of the forward GEMMs",
@@ -77,9 +78,9 @@ def _round_input(pow2: bool, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[
 
 def build(rounding: str | None, config: Config, weights: dict[str, Tensor]) -> LanguageModel:
     """The model of a run with one of ``ROUNDINGS``, or none: its BF16 twin."""
-    if rounding in ("fprop", "dgrad", "wgrad"):
+    if rounding in GEMMS:
         config = dataclasses.replace(config, fp8_gemms=rounding)
-    precision = "fp8" if rounding in ("fp8", "fprop", "dgrad", "wgrad") else "bf16"
+    precision = "fp8" if rounding in ("fp8", *GEMMS) else "bf16"
     with torch.device(config.device):
         model = LanguageModel(config, precision)
     model.load_state_dict(weights)
@@ -186,7 +187,7 @@ def measure_run(folder: Path, count: int, roundings: Sequence[str]) -> dict[str,
     batches = [loader.step(first + i)[0] for i in range(count)]
     reference = build(None, config, weights)
     found = {}
-    for rounding in roundings:
+    for rounding in roundings:  # one at a time: all their sums would not fit beside each other
         other = build(rounding, config, weights)
         found[rounding] = measure(
             lambda batch: gradients(reference, batch),
@@ -210,7 +211,9 @@ def print_table(found: dict[str, dict[str, Error]], console: Console) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.pretrain.gradient_error", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("run", type=Path, help="folder of a run with a checkpoint")
     parser.add_argument("--batches", type=int, default=32, help="default: 32")
     parser.add_argument(
