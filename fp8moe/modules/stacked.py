@@ -40,10 +40,16 @@ def _name(activation: Any) -> str:
 def _gate(experts: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """The gating function of a class of transformers, gate and up rows to I; None if SwiGLU."""
     gating: Any = getattr(experts, "_apply_gate", None)
-    if gating is None:
+    if gating is None or (_is_default(experts) and is_silu(getattr(experts, "act_fn", None))):
         return None
-    default = gating.__name__ == "_default_apply_gate"
-    return None if default and is_silu(getattr(experts, "act_fn", None)) else gating
+    return gating
+
+
+def _is_default(experts: nn.Module) -> bool:
+    """Whether a class of transformers gates as most do: activation(gate) * up."""
+    # Of the class: in a model compiled by torch 2.11 a bound method has another __name__.
+    kind: Any = type(experts)
+    return kind._apply_gate.__name__ == "_default_apply_gate"
 
 
 def unsupported(experts: nn.Module, *, swiglu: bool = True) -> str | None:
@@ -63,7 +69,7 @@ def unsupported(experts: nn.Module, *, swiglu: bool = True) -> str | None:
     if not getattr(experts, "is_concatenated", True):
         found.append("interleaved gate and up rows")
     gate, activation = _gate(experts), getattr(experts, "act_fn", None)
-    if gate is not None and gate.__name__ != "_default_apply_gate":
+    if gate is not None and not _is_default(experts):
         if swiglu or found:
             found.append("a gating function of its own (a clamp or the like)")
     elif not is_silu(activation) and (swiglu or gate is None):
