@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import inspect
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -106,3 +106,25 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def environment() -> Iterator[Callable[[str, str | None], None]]:
+    """environment(name, value) sets or removes a variable that fp8moe reads once per process."""
+    from fp8moe.kernels import registry, status
+
+    def read_again() -> None:
+        for reader in (registry.requested_backend, registry._backend, status.debug):
+            reader.cache_clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def change(name: str, value: str | None) -> None:
+            if value is None:
+                patch.delenv(name, raising=False)
+            else:
+                patch.setenv(name, value)
+            read_again()
+
+        yield change
+    read_again()

@@ -16,10 +16,10 @@ from fp8moe.kernels import disk_cache, driver, jit, registry
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: Any) -> None:
     monkeypatch.setenv("FP8MOE_CACHE_DIR", str(tmp_path / "cache"))
     for name in ("FP8MOE_BACKEND", "FP8MOE_CACHE_MB", "FP8MOE_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
+        environment(name, None)
 
 
 @pytest.fixture
@@ -102,18 +102,21 @@ def test_doctor_on_hopper_without_a_compiler(
 
 
 def test_doctor_fails_when_nothing_is_usable(
-    no_driver: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    no_driver: None, environment: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("FP8MOE_BACKEND", "cuda")
+    environment("FP8MOE_BACKEND", "cuda")
     code, report, text = run_doctor(capsys)
     assert code == 1 and not report["usable"]
     assert "Nothing is usable: FP8MOE_BACKEND=cuda" in text
 
 
 def test_doctor_names_a_bad_setting(
-    no_driver: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    no_driver: None,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: Any,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("FP8MOE_BACKEND", "triton")
+    environment("FP8MOE_BACKEND", "triton")
     monkeypatch.setenv("FP8MOE_CACHE_MB", "lots")
     code, _, text = run_doctor(capsys)
     assert code == 1 and "got 'triton'" in text and "got 'lots'" in text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 
 import torch
@@ -159,7 +158,7 @@ def _cast_per_channel_cuda(x: Tensor, group_ends: Tensor, pow2: bool, block: boo
     if n:
         capacity = data.shape[1]
         grid = capacity // BLOCK * ceil_div(n, BLOCK)
-        errors = ctypes.c_void_p(status.pointer(x.device))
+        errors = status.pointer(x.device)
         sizes = (r, n, e, capacity, capacity // BLOCK if block else scale_ld(n))
         kernel = _channel_kernel(x.dtype, pow2, _aligned(x, 8), block)
         kernel(grid, _THREADS, (x, group_ends, data, scale, errors, *sizes))

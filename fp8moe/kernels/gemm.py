@@ -8,7 +8,6 @@ All compute ``D[m, n] = sum_k A[m, k] B[n, k]`` with FP32 accumulation. A carrie
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -81,14 +80,13 @@ def block_stride(scale: torch.Tensor) -> int:
 
 
 def operand_map(
-    t: torch.Tensor, box_rows: int, row_order: tuple[tuple[int, int], ...] = ()
+    address: int, rows: int, k: int, box_rows: int, row_order: tuple[tuple[int, int], ...] = ()
 ) -> tma.TensorMap:
-    """Blocks of box_rows x 128 of an FP8 operand, all its groups as one matrix."""
-    k = t.shape[-1]
+    """Blocks of box_rows x 128 of an FP8 operand (rows, k), all its groups as one matrix."""
     return tma.tensor_map(
-        t.data_ptr(),
+        address,
         dtype="u8",
-        rows=t.numel() // k,
+        rows=rows,
         cols=k,
         row_stride_bytes=k,
         box_rows=box_rows,
@@ -107,7 +105,6 @@ class _Plan(NamedTuple):
     grid: int
     threads: int
     smem: int
-    async_store: bool
 
 
 def _plan(p: Problem, sms: int, config: tuple[Tile, int]) -> _Plan:
@@ -119,13 +116,35 @@ def _plan(p: Problem, sms: int, config: tuple[Tile, int]) -> _Plan:
         heuristics.grid(p, tile, sms),
         128 * (tile.consumers + 1),
         tile.shared_memory(p.groups),
-        tile.async_store,
     )
 
 
 @lru_cache(maxsize=4096)
 def _chosen_plan(p: Problem, sms: int) -> _Plan:
     return _plan(p, sms, heuristics.choose(p, sms))
+
+
+@lru_cache(maxsize=4096)
+def _maps(
+    p: Problem, tile: Tile, a: int, b: int, out: int
+) -> tuple[tma.TensorMap, tma.TensorMap, tma.TensorMap]:
+    """The descriptors of a launch whose operands and output have these addresses."""
+    map_a = operand_map(a, p.rows_a, p.k, tile.block_m)
+    map_b = operand_map(b, p.rows_b, p.k, tile.block_n // tile.pair)
+    if not tile.async_store:  # the kernel does not look at the third one
+        return map_a, map_b, map_a
+    item = 2 if p.output == Output.BF16 else 4
+    map_d = tma.tensor_map(
+        out,
+        dtype="bf16" if p.output == Output.BF16 else "f32",
+        rows=p.rows_d,
+        cols=p.n,
+        row_stride_bytes=p.n * item,
+        box_rows=16,
+        box_cols=128 // item,
+        swizzle=128,
+    )
+    return map_a, map_b, map_d
 
 
 def _launch(
@@ -143,24 +162,7 @@ def _launch(
         return
     sms = max(1, num_sms(out.get_device()) - _spared)
     plan = _plan(p, sms, config) if config else _chosen_plan(p, sms)
-    k_total = a.shape[-1]
-    map_a = operand_map(a, plan.tile.block_m)
-    map_b = operand_map(b, plan.tile.block_n // plan.tile.pair)
-    # The epilogue's TMA stores; without them the kernel does not look at it.
-    map_d = (
-        tma.tensor_map(
-            out.data_ptr(),
-            dtype="bf16" if p.output == Output.BF16 else "f32",
-            rows=out.numel() // p.n,
-            cols=p.n,
-            row_stride_bytes=p.n * out.element_size(),
-            box_rows=16,
-            box_cols=128 // out.element_size(),
-            swizzle=128,
-        )
-        if plan.async_store
-        else map_a
-    )
+    map_a, map_b, map_d = _maps(p, plan.tile, a.data_ptr(), b.data_ptr(), out.data_ptr())
     plan.kernel(
         plan.grid,
         plan.threads,
@@ -172,13 +174,13 @@ def _launch(
             b_scale,
             out,
             groups,
-            ctypes.c_void_p(status.pointer(out.device)),
+            status.pointer(out.device),
             p.m,
             p.n,
-            k_total,
+            p.k,
             p.groups,
             plan.band,
-            a.numel() // k_total,
+            p.rows_a,
             block_stride(a_scale),
             b_scale.shape[-1],
         ],
@@ -263,16 +265,10 @@ def gemm_nt(a: FP8Tensor, b: FP8Tensor, *, out: torch.Tensor | None = None) -> t
 
     Source: two-level accumulation as in section 3.3.2 of the DeepSeek-V3 report.
     """
-    operands.check_data("a", a.data, 2)
-    operands.check_data("b", b.data, 2)
-    operands.check_pair(a, b)
-    m, n = a.data.shape[0], b.data.shape[0]
-    operands.check_n(n)
-    operands.check_row_scale("a", a)
-    operands.check_block_scale("b", b)
+    operands.check_gemm_nt(*a, *b, out)
+    operands.check_addresses(a, b, out)
     if out is None:
-        out = torch.empty((m, n), dtype=torch.bfloat16, device=a.data.device)
-    operands.check_out(out, (m, n), (torch.bfloat16,), a.data.device)
+        out = a.data.new_empty((a.data.shape[0], b.data.shape[0]), dtype=torch.bfloat16)
     _gemm_nt(a.data, a.scale, b.data, b.scale, out)
     return out
 
@@ -295,17 +291,10 @@ def m_grouped_gemm_nt(
 
     Source: the grouped layout of DeepGEMM, with arbitrary group ends.
     """
-    operands.check_data("a", a.data, 2)
-    operands.check_data("b", b.data, 3)
-    operands.check_pair(a, b)
-    m, (e, n, _) = a.data.shape[0], b.data.shape
-    operands.check_n(n)
-    operands.check_row_scale("a", a)
-    operands.check_block_scale("b", b)
-    operands.check_groups("group_ends", group_ends, e, a.data.device)
+    operands.check_m_grouped(*a, *b, group_ends, out)
+    operands.check_addresses(a, b, out)
     if out is None:
-        out = torch.empty((m, n), dtype=torch.bfloat16, device=a.data.device)
-    operands.check_out(out, (m, n), (torch.bfloat16,), a.data.device)
+        out = a.data.new_empty((a.data.shape[0], b.data.shape[1]), dtype=torch.bfloat16)
     _m_grouped(a.data, a.scale, b.data, b.scale, group_ends, out)
     return out
 
@@ -329,19 +318,10 @@ def m_grouped_gemm_nt_masked(
 
     Source: the masked layout of DeepGEMM.
     """
-    operands.check_data("a", a.data, 3)
-    operands.check_data("b", b.data, 3)
-    operands.check_pair(a, b)
-    (e, m, _), n = a.data.shape, b.data.shape[1]
-    if b.data.shape[0] != e:
-        raise ValueError(f"b.data: expected {e} groups as in a, got {b.data.shape[0]}")
-    operands.check_n(n)
-    operands.check_row_scale("a", a)
-    operands.check_block_scale("b", b)
-    operands.check_groups("group_sizes", group_sizes, e, a.data.device)
+    operands.check_masked(*a, *b, group_sizes, out)
+    operands.check_addresses(a, b, out)
     if out is None:
-        out = torch.empty((e, m, n), dtype=torch.bfloat16, device=a.data.device)
-    operands.check_out(out, (e, m, n), (torch.bfloat16,), a.data.device)
+        out = a.data.new_empty((*a.data.shape[:2], b.data.shape[1]), dtype=torch.bfloat16)
     _masked(a.data, a.scale, b.data, b.scale, group_sizes, out)
     return out
 
@@ -373,27 +353,10 @@ def k_grouped_gemm(
 
     Source: the K-grouped layout of DeepGEMM, but one padded concatenation of all groups.
     """
-    operands.check_data("a_t", a_t.data, 2)
-    operands.check_data("b_t", b_t.data, 2)
-    n, rows = a_t.data.shape
-    k = b_t.data.shape[0]
-    if b_t.data.shape[1] != rows:
-        raise ValueError(f"b_t.data: expected {rows} columns as in a_t, got {b_t.data.shape[1]}")
-    if rows % BLOCK or rows == 0:
-        raise ValueError(f"a_t.data: expected a positive multiple of {BLOCK} columns, got {rows}")
-    if k % 8 or k == 0:
-        raise ValueError(f"b_t.data: expected a positive multiple of 8 rows, got {k}")
-    operands.check_row_scale("a_t", a_t)
-    operands.check_block_scale("b_t", b_t)
-    if b_t.data.device != a_t.data.device:
-        raise ValueError(f"b_t.data: expected device {a_t.data.device}, got {b_t.data.device}")
-    operands.check_groups("group_ends", group_ends, None, a_t.data.device)
-    shape = (group_ends.shape[0], n, k)
+    operands.check_k_grouped(*a_t, *b_t, group_ends, out, accumulate=accumulate)
+    operands.check_addresses(a_t, b_t, out, "_t")
     if out is None:
-        if accumulate:
-            raise ValueError("out: expected a float32 tensor to accumulate into, got None")
-        out = torch.empty(shape, dtype=torch.bfloat16, device=a_t.data.device)
-    dtypes = (torch.float32,) if accumulate else (torch.float32, torch.bfloat16)
-    operands.check_out(out, shape, dtypes, a_t.data.device)
+        shape = (group_ends.shape[0], a_t.data.shape[0], b_t.data.shape[0])
+        out = a_t.data.new_empty(shape, dtype=torch.bfloat16)
     _k_grouped(a_t.data, a_t.scale, b_t.data, b_t.scale, group_ends, out, accumulate)
     return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import struct
 from typing import Any
@@ -74,7 +73,7 @@ def _launch(
     act, act_scale, h, h_scale = out
     sms = gemm.num_sms(a.get_device())
     band, grid = heuristics.m_grouped_walk(TILE, m, n, k, groups, sms)
-    map_a = gemm.operand_map(a, TILE.block_m)
+    map_a = gemm.operand_map(a.data_ptr(), m, k, TILE.block_m)
     # struct Destination of csrc/epilogue_swiglu.cuh.
     destination = struct.pack(
         "@PPPPPPi4x",
@@ -91,13 +90,13 @@ def _launch(
         128 * (TILE.consumers + 1),
         [
             map_a,
-            gemm.operand_map(b, TILE.block_n // 2),
+            gemm.operand_map(b.data_ptr(), groups * n, k, TILE.block_n // 2),
             map_a,  # of a BF16 output; the kernel does not look at it
             a_scale,
             b_scale,
             destination,
             group_ends,
-            ctypes.c_void_p(status.pointer(a.device)),
+            status.pointer(a.device),
             m,
             n,
             k,
@@ -130,6 +129,19 @@ _m_grouped_gemm_swiglu = registry.define_op(
 )
 
 
+@operands.once_per_layout
+def _check(a8, a_scale, b8, b_scale, group_ends, topk_weights, slot_of_row) -> None:
+    operands.check_data("a", a8, 2)
+    operands.check_data("b", b8, 3)
+    m, e, device = a8.shape[0], b8.shape[0], a8.device
+    check_multiple("b.data: rows of an expert (2I)", b8.shape[1], 2 * BLOCK)
+    operands.check_forward(FP8Tensor(a8, a_scale), FP8Tensor(b8, b_scale))
+    operands.check_groups("group_ends", group_ends, e, device)
+    check_slot_of_row(slot_of_row, device)
+    check_tensor("slot_of_row", slot_of_row, (m,), (torch.int32,))
+    check_tensor("topk_weights", topk_weights, ("T", "K"), (torch.float32,), device)
+
+
 def m_grouped_gemm_swiglu(
     a: FP8Tensor,
     b: FP8Tensor,
@@ -156,17 +168,6 @@ def m_grouped_gemm_swiglu(
     Raises: ValueError naming the argument, what was expected and what came. Bad ``group_ends`` are
         found on the device and raised by a later operator or ``fp8moe.check_errors``.
     """
-    operands.check_data("a", a.data, 2)
-    operands.check_data("b", b.data, 3)
-    operands.check_pair(a, b)
-    m, (e, n, _) = a.data.shape[0], b.data.shape
-    check_multiple("b.data: rows of an expert (2I)", n, 2 * BLOCK)
-    operands.check_n(n)
-    operands.check_row_scale("a", a)
-    operands.check_block_scale("b", b)
-    device = a.data.device
-    operands.check_groups("group_ends", group_ends, e, device)
-    check_slot_of_row(slot_of_row, device)
-    check_tensor("slot_of_row", slot_of_row, (m,), (torch.int32,))
-    check_tensor("topk_weights", topk_weights, ("T", "K"), (torch.float32,), device)
+    _check(*a, *b, group_ends, topk_weights, slot_of_row)
+    operands.check_addresses(a, b)
     return _m_grouped_gemm_swiglu(*a, *b, group_ends, topk_weights, slot_of_row, pow2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import struct
 from typing import Any
@@ -99,7 +98,7 @@ def _launch(
     dh, dh_scale, dh_t, dh_t_scale, aw_t, aw_t_scale, dprob_partial = out
     sms = gemm.num_sms(a.get_device())
     band, grid = heuristics.m_grouped_walk(TILE, m, n, k, groups, sms)
-    map_a = gemm.operand_map(a, TILE.block_m, _ORDER_A)
+    map_a = gemm.operand_map(a.data_ptr(), m, k, TILE.block_m, _ORDER_A)
     # struct Destination of csrc/epilogue_swiglu_backward.cuh.
     destination = struct.pack(
         "@11P3i4x",
@@ -123,13 +122,13 @@ def _launch(
         128 * (TILE.consumers + 1),
         [
             map_a,
-            gemm.operand_map(b, TILE.block_n, _ORDER_B),
+            gemm.operand_map(b.data_ptr(), groups * n, k, TILE.block_n, _ORDER_B),
             map_a,  # of a BF16 output; the kernel does not look at it
             a_scale,
             b_scale,
             destination,
             group_ends,
-            ctypes.c_void_p(status.pointer(a.device)),
+            status.pointer(a.device),
             m,
             n,
             k,
@@ -155,6 +154,21 @@ _m_grouped_gemm_swiglu_backward = registry.define_op(
     cuda=_cuda,
     fake=_fake,
 )
+
+
+@operands.once_per_layout
+def _check(a8, a_scale, b8, b_scale, group_ends, h8, h_scale, topk_weights, slot_of_row) -> None:
+    operands.check_data("a", a8, 2)
+    operands.check_data("b", b8, 3)
+    m, (e, n, _), device = a8.shape[0], b8.shape, a8.device
+    check_multiple("b.data: rows of an expert (I)", n, BLOCK)
+    operands.check_forward(FP8Tensor(a8, a_scale), FP8Tensor(b8, b_scale))
+    operands.check_groups("group_ends", group_ends, e, device)
+    check_slot_of_row(slot_of_row, device)
+    check_tensor("slot_of_row", slot_of_row, (m,), (torch.int32,))
+    check_tensor("h.data", h8, (m, 2 * n), (FP8_DTYPE,), device)
+    check_scale("h.scale", h_scale, h8)
+    check_tensor("topk_weights", topk_weights, ("T", "K"), (torch.float32,), device)
 
 
 def m_grouped_gemm_swiglu_backward(
@@ -185,19 +199,6 @@ def m_grouped_gemm_swiglu_backward(
     Raises: ValueError naming the argument, what was expected and what came. Bad ``group_ends`` are
         found on the device and raised by a later operator or ``fp8moe.check_errors``.
     """
-    operands.check_data("a", a.data, 2)
-    operands.check_data("b", b.data, 3)
-    operands.check_pair(a, b)
-    m, (e, n, _) = a.data.shape[0], b.data.shape
-    check_multiple("b.data: rows of an expert (I)", n, BLOCK)
-    operands.check_n(n)
-    operands.check_row_scale("a", a)
-    operands.check_block_scale("b", b)
-    device = a.data.device
-    operands.check_groups("group_ends", group_ends, e, device)
-    check_slot_of_row(slot_of_row, device)
-    check_tensor("slot_of_row", slot_of_row, (m,), (torch.int32,))
-    check_tensor("h.data", h.data, (m, 2 * n), (FP8_DTYPE,), device)
-    check_scale("h.scale", h.scale, h.data)
-    check_tensor("topk_weights", topk_weights, ("T", "K"), (torch.float32,), device)
+    _check(*a, *b, group_ends, *h, topk_weights, slot_of_row)
+    operands.check_addresses(a, b)
     return _m_grouped_gemm_swiglu_backward(*a, *b, group_ends, *h, topk_weights, slot_of_row, pow2)

@@ -30,9 +30,9 @@ were not in the fit: the same costs, with FP32's epilogue, are assumed for them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
+from typing import NamedTuple
 
 SHARED_MEMORY = 232448  # bytes a CTA can have on Hopper
 MAX_GROUPS = 1024  # entries of the group table in shared memory
@@ -80,8 +80,7 @@ class Output(IntEnum):
     ADD = 2
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What is known on the host: ``m`` counts all rows of A (for masked: of one group)."""
 
     grouping: Grouping
@@ -91,14 +90,28 @@ class Problem:
     k: int
     groups: int = 1
 
+    @property
+    def rows_a(self) -> int:
+        """Rows of A in memory, all groups below each other."""
+        return self.m * (self.groups if self.grouping == Grouping.MASKED else 1)
+
+    @property
+    def rows_b(self) -> int:
+        shared = self.grouping in (Grouping.DENSE, Grouping.K_GROUPED)
+        return self.n * (1 if shared else self.groups)
+
+    @property
+    def rows_d(self) -> int:
+        apart = self.grouping in (Grouping.MASKED, Grouping.K_GROUPED)
+        return self.m * (self.groups if apart else 1)
+
 
 def table_bytes(groups: int) -> int:
     """The group table in shared memory."""
     return 4 * (FEW_GROUPS if groups <= FEW_GROUPS else MAX_GROUPS)
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """One compiled configuration: the rows and columns that a CTA computes at a time.
 
     ``splits`` CTAs, a cluster, compute a part of the contraction of a tile each. ``pair`` (1 or 2)
@@ -242,10 +255,7 @@ def estimate(p: Problem, t: Tile, num_sms: int) -> float:
     waves = _ceil(tiles, _at_once(t, num_sms))
 
     touched = {Output.BF16: 2, Output.F32: 4, Output.ADD: 8}[p.output]
-    outputs = p.groups if p.grouping in (Grouping.K_GROUPED, Grouping.MASKED) else 1
-    weights = 1 if p.grouping in (Grouping.DENSE, Grouping.K_GROUPED) else p.groups
-    rows = p.groups if p.grouping == Grouping.MASKED else 1
-    unique = rows * p.m * p.k + weights * p.n * p.k + outputs * p.m * p.n * touched
+    unique = p.rows_a * p.k + p.rows_b * p.k + p.rows_d * p.n * touched
     memory = unique / _MEMORY_BYTES_PER_CLOCK
     compute = waves * (k_blocks * _block_cycles(t) + epilogue)
     return max(memory, compute) + 0.3 * min(memory, compute) + _LAUNCH

@@ -8,7 +8,6 @@ against several for rebuilding either.
 from __future__ import annotations
 
 import ctypes
-import functools
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -131,7 +130,6 @@ def _name_overflow(codes: Sequence[str], values: Sequence[Any], error: Exception
 _READ = {int: "a[{}]", float: "a[{}]", type(None): "0", TensorMap: "a[{}].data", bytes: "a[{}]"}
 
 
-@functools.cache
 def reader(kinds: tuple[type, ...]) -> Callable[[Sequence[Any]], tuple[int, Sequence[Any]]]:
     """(device index or -1, values) as `encode` gives them, for arguments of these types.
 
@@ -199,15 +197,15 @@ class Kernel:
 
     def _pack(self, args: Sequence[Any]) -> tuple[ArgumentFrame, int]:
         """The frame that now holds `args`, and the index of their device or -1."""
-        frames: dict[tuple[type, ...], ArgumentFrame]
+        frames: dict[tuple[type, ...], tuple[ArgumentFrame, Callable]]
         try:
             frames = self._local.frames
         except AttributeError:
             frames = self._local.frames = {}
         kinds = tuple(map(type, args))
-        frame = frames.get(kinds)
-        if frame is not None:
-            device, values = reader(kinds)(args)
+        frame, read = frames.get(kinds, (None, None))
+        if read is not None:
+            device, values = read(args)
         if frame is None or device == -2:
             codes, values, device = encode(args)  # raises for tensors on two devices
             frame = ArgumentFrame(codes)
@@ -216,7 +214,7 @@ class Kernel:
                     f"{self.entry}: expected arguments of {self._parameter_bytes} bytes, "
                     f"got {frame.sizes}"
                 )
-            frames[kinds] = frame
+            frames[kinds] = frame, reader(kinds)
         try:
             frame.fill(values)
         except struct.error as error:
@@ -259,7 +257,7 @@ class Kernel:
         frame, device = self._pack(args)
         if device < 0:
             device = torch.cuda.current_device()
-        elif device != torch.cuda.current_device():
+        elif device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
                 return self(grid, block, args, smem=smem)
         if smem > _DEFAULT_SMEM_BYTES and smem > self._smem.get(device, 0):

@@ -2,14 +2,64 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from fp8moe.kernels import heuristics
 from fp8moe.kernels.fp8tensor import BLOCK, FP8_DTYPE, FP8Tensor, ceil_div
 
+_MAX_LAYOUTS = 4096
+
+
+def once_per_layout(check: Callable[..., None]) -> Callable[..., None]:
+    """`check`, skipped for tensors of a layout that has passed it.
+
+    A training step has the same layouts again and again, and to look for what is wrong with them
+    takes the host as long as two launches.
+
+    Args:
+        check: looks at shapes, strides, dtypes and devices of its positional arguments, tensors or
+            None, and at the values of its keywords. Addresses are not its business.
+    """
+    passed: set[tuple[Any, ...]] = set()
+
+    @functools.wraps(check)
+    def once(*tensors: torch.Tensor | None, **others: Any) -> None:
+        if torch.compiler.is_compiling():  # sizes may be symbols
+            return check(*tensors, **others)
+        key = (
+            *[t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors],
+            *others.values(),
+        )
+        if key not in passed:
+            check(*tensors, **others)
+            if len(passed) >= _MAX_LAYOUTS:
+                passed.clear()
+            passed.add(key)
+
+    return once
+
+
+def check_addresses(
+    a: FP8Tensor, b: FP8Tensor, out: torch.Tensor | None = None, suffix: str = ""
+) -> None:
+    """Raise ValueError unless TMA can read the operands and write `out`: 16-byte aligned."""
+    if torch.compiler.is_compiling():  # a traced tensor has no address yet
+        return
+    addresses = a.data.data_ptr(), b.data.data_ptr(), 0 if out is None else out.data_ptr()
+    if not (addresses[0] | addresses[1] | addresses[2]) % 16:
+        return
+    names = f"a{suffix}.data", f"b{suffix}.data", "out"
+    for name, address in zip(names, addresses, strict=True):
+        if address % 16:
+            raise ValueError(f"{name}: expected a 16-byte aligned address, got {address:#x}")
+
 
 def check_data(name: str, t: torch.Tensor, dims: int) -> None:
-    """Raise ValueError unless `t` is aligned, contiguous E4M3 data of K % 16 == 0."""
+    """Raise ValueError unless `t` is contiguous E4M3 data of K % 16 == 0."""
     if t.dtype != FP8_DTYPE:
         raise ValueError(f"{name}.data: expected dtype {FP8_DTYPE}, got {t.dtype}")
     if t.dim() != dims:
@@ -23,9 +73,6 @@ def check_data(name: str, t: torch.Tensor, dims: int) -> None:
         raise ValueError(
             f"{name}.data: expected K to be a positive multiple of 16, got K = {t.shape[-1]}"
         )
-    # A traced tensor has no address yet.
-    if not torch.compiler.is_compiling() and t.data_ptr() % 16:
-        raise ValueError(f"{name}.data: expected a 16-byte aligned pointer, got {t.data_ptr():#x}")
 
 
 def check_scale(name: str, t: FP8Tensor, shape: tuple[int, ...]) -> None:
@@ -84,21 +131,22 @@ def check_groups(name: str, groups: torch.Tensor, count: int | None, device: tor
 
 
 def check_out(
-    out: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+    out: torch.Tensor | None,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
 ) -> None:
-    """Raise ValueError unless a GEMM can write to `out`, contiguous and aligned."""
+    """Raise ValueError unless a GEMM can write to `out`, which is contiguous; None will do."""
+    if out is None:
+        return
     if tuple(out.shape) != shape:
         raise ValueError(f"out: expected shape {shape}, got {tuple(out.shape)}")
     if out.dtype not in dtypes:
         raise ValueError(f"out: expected dtype {' or '.join(map(str, dtypes))}, got {out.dtype}")
     if out.device != device:
         raise ValueError(f"out: expected device {device}, got {out.device}")
-    address = 0 if torch.compiler.is_compiling() else out.data_ptr()
-    if not out.is_contiguous() or address % 16:
-        raise ValueError(
-            f"out: expected a contiguous, 16-byte aligned tensor, got strides {out.stride()} at "
-            f"{address:#x}"
-        )
+    if not out.is_contiguous():
+        raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
 
 
 def check_pair(a: FP8Tensor, b: FP8Tensor) -> None:
@@ -113,3 +161,72 @@ def check_n(n: int) -> None:
     """Raise ValueError unless N is a positive multiple of 8, 16 bytes of BF16 output."""
     if n % 8 or n == 0:
         raise ValueError(f"b.data: expected N to be a positive multiple of 8, got N = {n}")
+
+
+def check_forward(a: FP8Tensor, b: FP8Tensor) -> int:
+    """Raise ValueError unless these are operands of ``A B^T`` with 1x128 and 128x128 scales.
+
+    Returns: N.
+    """
+    check_pair(a, b)
+    n = b.data.shape[-2]
+    check_n(n)
+    check_row_scale("a", a)
+    check_block_scale("b", b)
+    return n
+
+
+@once_per_layout
+def check_gemm_nt(a8, a_scale, b8, b_scale, out) -> None:
+    """Raise ValueError unless `gemm_nt` can take these."""
+    check_data("a", a8, 2)
+    check_data("b", b8, 2)
+    n = check_forward(FP8Tensor(a8, a_scale), FP8Tensor(b8, b_scale))
+    check_out(out, (a8.shape[0], n), (torch.bfloat16,), a8.device)
+
+
+@once_per_layout
+def check_m_grouped(a8, a_scale, b8, b_scale, group_ends, out) -> None:
+    """Raise ValueError unless `m_grouped_gemm_nt` can take these."""
+    check_data("a", a8, 2)
+    check_data("b", b8, 3)
+    n = check_forward(FP8Tensor(a8, a_scale), FP8Tensor(b8, b_scale))
+    check_groups("group_ends", group_ends, b8.shape[0], a8.device)
+    check_out(out, (a8.shape[0], n), (torch.bfloat16,), a8.device)
+
+
+@once_per_layout
+def check_masked(a8, a_scale, b8, b_scale, group_sizes, out) -> None:
+    """Raise ValueError unless `m_grouped_gemm_nt_masked` can take these."""
+    check_data("a", a8, 3)
+    check_data("b", b8, 3)
+    e, m, _ = a8.shape
+    if b8.shape[0] != e:
+        raise ValueError(f"b.data: expected {e} groups as in a, got {b8.shape[0]}")
+    n = check_forward(FP8Tensor(a8, a_scale), FP8Tensor(b8, b_scale))
+    check_groups("group_sizes", group_sizes, e, a8.device)
+    check_out(out, (e, m, n), (torch.bfloat16,), a8.device)
+
+
+@once_per_layout
+def check_k_grouped(a8, a_scale, b8, b_scale, group_ends, out, *, accumulate: bool) -> None:
+    """Raise ValueError unless `k_grouped_gemm` can take these."""
+    check_data("a_t", a8, 2)
+    check_data("b_t", b8, 2)
+    n, rows = a8.shape
+    k = b8.shape[0]
+    if b8.shape[1] != rows:
+        raise ValueError(f"b_t.data: expected {rows} columns as in a_t, got {b8.shape[1]}")
+    if rows % BLOCK or rows == 0:
+        raise ValueError(f"a_t.data: expected a positive multiple of {BLOCK} columns, got {rows}")
+    if k % 8 or k == 0:
+        raise ValueError(f"b_t.data: expected a positive multiple of 8 rows, got {k}")
+    check_row_scale("a_t", FP8Tensor(a8, a_scale))
+    check_block_scale("b_t", FP8Tensor(b8, b_scale))
+    if b8.device != a8.device:
+        raise ValueError(f"b_t.data: expected device {a8.device}, got {b8.device}")
+    check_groups("group_ends", group_ends, None, a8.device)
+    if accumulate and out is None:
+        raise ValueError("out: expected a float32 tensor to accumulate into, got None")
+    dtypes = (torch.float32,) if accumulate else (torch.float32, torch.bfloat16)
+    check_out(out, (group_ends.shape[0], n, k), dtypes, a8.device)

@@ -31,8 +31,11 @@ def _gpu(index: int) -> tuple[str, tuple[int, int]]:
     return torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
 
 
+@functools.cache
 def requested_backend() -> str:
     """The value of ``FP8MOE_BACKEND``: ``auto`` (default), ``cuda`` or ``reference``.
+
+    Read once: a look at the environment takes a good part of a launch.
 
     Raises: ValueError for any other value.
     """
@@ -51,6 +54,13 @@ def backend(device: torch.device) -> Backend:
     Raises: RuntimeError for a GPU that cannot run the kernels, or when ``FP8MOE_BACKEND=cuda``
         meets a tensor that is not on a GPU; ValueError for an unknown ``FP8MOE_BACKEND``.
     """
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _backend(device)
+
+
+@functools.cache
+def _backend(device: torch.device) -> Backend:
     choice = requested_backend()
     if choice == "reference":
         return "reference"
@@ -60,7 +70,7 @@ def backend(device: torch.device) -> Backend:
                 f"FP8MOE_BACKEND=cuda: expected tensors on a Hopper GPU, got device {device}"
             )
         return "reference"
-    index = device.index if device.index is not None else torch.cuda.current_device()
+    index = device.index
     name, capability = _gpu(index)
     if capability != HOPPER:
         raise RuntimeError(
@@ -134,7 +144,7 @@ def define_op(
     op = getattr(torch.ops.fp8moe, name).default
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or _observed(args[0]):
+        if torch.compiler.is_compiling() or _observed(args):
             return op(*args)
         return on_cuda(*args)
 
@@ -142,12 +152,13 @@ def define_op(
     return call
 
 
-def _observed(first: Any) -> bool:
-    """Whether a call must go through torch's dispatcher; `first` is the first argument."""
+def _observed(args: tuple[Any, ...]) -> bool:
+    """Whether a call must go through torch's dispatcher; the first argument is a tensor."""
+    first = args[0]
     return (
         type(first) is not torch.Tensor
         or not first.is_cuda
-        or torch.is_grad_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd._profiler_enabled()
+        or (torch.is_grad_enabled() and any([getattr(a, "requires_grad", False) for a in args]))
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 
 import torch
@@ -84,7 +83,7 @@ def _launch(topk_ids: torch.Tensor, maps: Four, kept_row: torch.Tensor | None) -
             group_ends,
             counts,
             kept_row,
-            ctypes.c_void_p(status.pointer(device)),
+            status.pointer(device),
         ),
     )
 

@@ -11,6 +11,7 @@ the operator itself.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from enum import IntEnum
 
@@ -69,9 +70,9 @@ class _Buffer:
 
     def __init__(self, pin: bool) -> None:
         self.tensor = torch.zeros(WORDS, dtype=torch.int32, pin_memory=pin)
-        self.pointer = self.tensor.data_ptr()
+        self.pointer = ctypes.c_void_p(self.tensor.data_ptr())
         # A ctypes view costs tens of nanoseconds to read, tensor indexing microseconds.
-        self.words = (ctypes.c_int32 * WORDS).from_address(self.pointer)
+        self.words = (ctypes.c_int32 * WORDS).from_address(self.tensor.data_ptr())
 
     def take(self) -> tuple[int, int, int, int] | None:
         """The error record, cleared; None when there is none."""
@@ -91,12 +92,16 @@ def _index(device: torch.device) -> int:
     return device.index if device.index is not None else torch.cuda.current_device()
 
 
+@functools.cache
 def debug() -> bool:
-    """Whether ``FP8MOE_DEBUG=1`` asks for a synchronisation and a check after each operator."""
+    """Whether ``FP8MOE_DEBUG=1`` asks for a synchronisation and a check after each operator.
+
+    Read once, as ``registry.requested_backend``.
+    """
     return os.environ.get("FP8MOE_DEBUG", "0") not in ("", "0")
 
 
-def pointer(device: torch.device) -> int:
+def pointer(device: torch.device) -> ctypes.c_void_p:
     """The address of the status buffer of ``device``, to pass to a kernel as ``int* status``."""
     index = _index(device)
     buffer = _buffers.get(index)

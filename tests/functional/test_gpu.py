@@ -101,11 +101,11 @@ def test_results_repeat_bit_for_bit(layer, config):
 
 
 @each_config
-def test_agrees_with_the_reference_backend(layer, config, monkeypatch):
+def test_agrees_with_the_reference_backend(layer, config, environment):
     """The kernels and the plain PyTorch backend, same inputs: only rounding between them."""
     kernels = layer.run(config)
     clear_weight_cache()
-    monkeypatch.setenv("FP8MOE_BACKEND", "reference")
+    environment("FP8MOE_BACKEND", "reference")
     reference = layer.run(config)
     db = {
         name: testing.sqnr_db(a, b)

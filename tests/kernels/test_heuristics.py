@@ -108,7 +108,7 @@ def test_both_ctas_of_every_pair_are_launched(tile, sms):
 def test_estimate_grows_with_the_work(grouping):
     small = Problem(grouping, Output.BF16, 4096, 2048, 4096, 4)
     for field in ("m", "n", "k"):
-        large = Problem(**{**vars(small), field: 4 * getattr(small, field)})
+        large = small._replace(**{field: 4 * getattr(small, field)})
         for tile in heuristics.candidates(grouping):
             assert heuristics.estimate(large, tile, 132) > heuristics.estimate(small, tile, 132)
 

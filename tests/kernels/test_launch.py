@@ -324,7 +324,7 @@ def test_device_side_error_reaches_the_host_without_a_sync(kernels: Any) -> None
 
     device = torch.device("cuda")
     status.check(device)
-    kernels("report")(1, 1, [ctypes.c_void_p(status.pointer(device))])
+    kernels("report")(1, 1, [status.pointer(device)])
     with pytest.raises(ValueError, match=r"group_ends\[3\] = 10 after 20"):
         status.check_errors()
     status.check_errors()

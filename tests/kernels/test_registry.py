@@ -16,9 +16,9 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
-def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FP8MOE_BACKEND", raising=False)
-    monkeypatch.delenv("FP8MOE_DEBUG", raising=False)
+def _plain_environment(environment: Any) -> None:
+    environment("FP8MOE_BACKEND", None)
+    environment("FP8MOE_DEBUG", None)
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int]) -> None:
@@ -29,18 +29,18 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[in
 
 
 @pytest.mark.parametrize("value", ["auto", ""])
-def test_cpu_runs_the_reference(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_cpu_runs_the_reference(environment: Any, value: str) -> None:
     assert registry.backend(CPU) == "reference"
-    monkeypatch.setenv("FP8MOE_BACKEND", value)  # empty is as good as unset
+    environment("FP8MOE_BACKEND", value)  # empty is as good as unset
     assert registry.backend(CPU) == "reference"
 
 
-def test_hopper_runs_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hopper_runs_the_kernels(monkeypatch: pytest.MonkeyPatch, environment: Any) -> None:
     pretend_gpu(monkeypatch, "NVIDIA H100", (9, 0))
     assert registry.backend(CUDA) == "cuda"
-    monkeypatch.setenv("FP8MOE_BACKEND", "cuda")
+    environment("FP8MOE_BACKEND", "cuda")
     assert registry.backend(CUDA) == "cuda"
-    monkeypatch.setenv("FP8MOE_BACKEND", "reference")
+    environment("FP8MOE_BACKEND", "reference")
     assert registry.backend(CUDA) == "reference"
 
 
@@ -49,27 +49,31 @@ def test_hopper_runs_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.parametrize("choice", ["auto", "cuda"])
 def test_other_gpu_is_named_with_what_would_work(
-    monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int], choice: str
+    monkeypatch: pytest.MonkeyPatch,
+    environment: Any,
+    name: str,
+    capability: tuple[int, int],
+    choice: str,
 ) -> None:
     pretend_gpu(monkeypatch, name, capability)
-    monkeypatch.setenv("FP8MOE_BACKEND", choice)
+    environment("FP8MOE_BACKEND", choice)
     with pytest.raises(RuntimeError) as caught:
         registry.backend(CUDA)
     text = str(caught.value)
     for part in (name, f"{capability[0]}.{capability[1]}", "H100", "FP8MOE_BACKEND=reference"):
         assert part in text
-    monkeypatch.setenv("FP8MOE_BACKEND", "reference")
+    environment("FP8MOE_BACKEND", "reference")
     assert registry.backend(CUDA) == "reference"
 
 
-def test_kernels_on_a_cpu_tensor_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FP8MOE_BACKEND", "cuda")
+def test_kernels_on_a_cpu_tensor_are_refused(environment: Any) -> None:
+    environment("FP8MOE_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="expected tensors on a Hopper GPU, got device cpu"):
         registry.backend(CPU)
 
 
-def test_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FP8MOE_BACKEND", "triton")
+def test_unknown_backend_is_refused(environment: Any) -> None:
+    environment("FP8MOE_BACKEND", "triton")
     with pytest.raises(ValueError, match="expected auto, cuda or reference, got 'triton'"):
         registry.backend(CPU)
 
@@ -132,7 +136,7 @@ def test_the_short_way_to_the_cuda_function(monkeypatch: pytest.MonkeyPatch) -> 
     x, out = torch.ones(2), torch.zeros(2)
     op(x, out)
     assert calls == ["dispatched"]  # a CPU tensor
-    monkeypatch.setattr(registry, "_observed", lambda first: False)
+    monkeypatch.setattr(registry, "_observed", lambda args: False)
     op(x, out)
     assert calls == ["dispatched", "direct"]
 
@@ -146,14 +150,16 @@ def test_what_watches_a_call() -> None:
             return func(*args, **(kwargs or {}))
 
     x = torch.ones(2, device="cuda")
-    assert registry._observed(x)  # autograd
+    weight = torch.nn.Parameter(x)
+    assert not registry._observed((x, None, 3))
+    assert registry._observed((x, weight)) and registry._observed((x.cpu(),))
     with torch.no_grad():
-        assert not registry._observed(x)
-        assert registry._observed(torch.nn.Parameter(x)) and registry._observed(x.cpu())
-        with Nothing():
-            assert registry._observed(x)
-        with torch.profiler.profile():
-            assert registry._observed(x)
+        assert not registry._observed((x, weight))
+        assert registry._observed((weight,))  # a subclass may overload the operator
+    with Nothing():
+        assert registry._observed((x,))
+    with torch.profiler.profile():
+        assert registry._observed((x,))
 
 
 def test_compiles_into_one_graph_and_sees_strides(ops: dict[str, Any]) -> None:
@@ -165,8 +171,8 @@ def test_compiles_into_one_graph_and_sees_strides(ops: dict[str, Any]) -> None:
     assert torch.equal(compiled(x), x * 2 + 1)
 
 
-def test_op_meets_the_backend_choice(ops: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FP8MOE_BACKEND", "cuda")
+def test_op_meets_the_backend_choice(ops: dict[str, Any], environment: Any) -> None:
+    environment("FP8MOE_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="FP8MOE_BACKEND=cuda"):
         ops["halves"](torch.ones(2), True)
 
@@ -180,11 +186,11 @@ def cuda_entry(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> Any:
     )
 
 
-def test_cuda_entry_dispatches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_entry_dispatches(monkeypatch: pytest.MonkeyPatch, environment: Any) -> None:
     calls: list[str] = []
     entry = cuda_entry(monkeypatch, calls)
     entry(None)
-    monkeypatch.setenv("FP8MOE_BACKEND", "reference")
+    environment("FP8MOE_BACKEND", "reference")
     entry(None)
     assert calls == ["cuda", "cpu"]
 
@@ -197,8 +203,9 @@ def words(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The status words of cuda:0, in ordinary memory."""
     buffer = status._Buffer(pin=False)
     monkeypatch.setattr(status, "_buffers", {0: buffer})
-    assert status.pointer(CUDA) == buffer.pointer
-    yield (ctypes.c_int32 * 8).from_address(buffer.pointer)
+    address = status.pointer(CUDA).value
+    assert address == buffer.tensor.data_ptr()
+    yield (ctypes.c_int32 * 8).from_address(address)
 
 
 @pytest.mark.parametrize(
@@ -233,8 +240,10 @@ def test_next_op_raises_before_it_launches(words: Any, monkeypatch: pytest.Monke
     assert calls == ["cuda"]
 
 
-def test_debug_mode_raises_at_the_op_itself(words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FP8MOE_DEBUG", "1")
+def test_debug_mode_raises_at_the_op_itself(
+    words: Any, monkeypatch: pytest.MonkeyPatch, environment: Any
+) -> None:
+    environment("FP8MOE_DEBUG", "1")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def synchronize(device: torch.device) -> None:

@@ -396,8 +396,9 @@ def emulated(
     def start(*modules: ModuleType) -> torch.Tensor:
         monkeypatch.setattr(jit, "load", load)
         monkeypatch.setattr(tma, "tensor_map", fake_tensor_map)
+        monkeypatch.setattr(gemm, "_maps", gemm._maps.__wrapped__)
         monkeypatch.setattr(gemm, "num_sms", lambda device: 3)
-        monkeypatch.setattr(status, "pointer", lambda device: words.data_ptr())
+        monkeypatch.setattr(status, "pointer", lambda device: ctypes.c_void_p(words.data_ptr()))
         monkeypatch.setattr(torch, "empty", memory.empty)
         monkeypatch.setattr(torch, "empty_strided", empty_strided)
         monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
