@@ -130,7 +130,7 @@ def _maps(
 ) -> tuple[tma.TensorMap, tma.TensorMap, tma.TensorMap]:
     """The descriptors of a launch whose operands and output have these addresses."""
     map_a = operand_map(a, p.rows_a, p.k, tile.block_m)
-    map_b = operand_map(b, p.rows_b, p.k, tile.block_n // tile.pair)
+    map_b = operand_map(b, p.rows_b, p.k, tile.block_n)
     if not tile.async_store:  # the kernel does not look at the third one
         return map_a, map_b, map_a
     item = 2 if p.output == Output.BF16 else 4

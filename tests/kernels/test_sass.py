@@ -24,7 +24,6 @@ PROMOTIONS = [
     (SPECS[2], 96),
     (gemm.spec(Grouping.K_GROUPED, Output.F32, Tile(128, 256), 8), 128),
     (gemm.spec(Grouping.K_GROUPED, Output.F32, Tile(192, 128), 8), 64),
-    (gemm.spec(Grouping.DENSE, Output.BF16, Tile(128, 128, pair=2), 1), 64),
     (SPECS[3], 128),
     (SPECS[4], 128),
 ]

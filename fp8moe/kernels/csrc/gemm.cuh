@@ -11,12 +11,9 @@
 // consumer warp is done with it). The ring runs on across tiles, so the next tile's operands are already on their way
 // while the consumers store this one. README.md one folder up draws it.
 //
-// PAIR == 2: two CTAs, a cluster, compute tiles that are neighbours along m and need the same rows of B. Each loads half of
-// them for both (multicast), so a stage is empty when the consumers of both are done with it.
-//
 // Constants rendered before this file: GROUPING, OUTPUT, BLOCK_M (64 | 128 | 192), BLOCK_N, SPLITS (CTAs that share a
-// tile, see split_k.cuh), PAIR (1 | 2), STAGES, ASYNC_STORE, for the SwiGLU outputs also POW2. Shapes are arguments, so
-// some dozens of compiled kernels serve every model.
+// tile, see split_k.cuh), STAGES, ASYNC_STORE, for the SwiGLU outputs also POW2. Shapes are arguments, so some dozens of
+// compiled kernels serve every model.
 #include "ptx.cuh"
 #include "scheduler.cuh"
 #include "promote.cuh"
@@ -54,14 +51,13 @@ constexpr int SCALES_AT = STAGING_AT + CONSUMER_WARPS * STAGING_BYTES;
 constexpr int BARRIERS_AT = SCALES_AT + STAGES * SCALE_STAGE * 4;
 constexpr int TABLE_AT = BARRIERS_AT + 2 * STAGES * 8;
 static_assert(BLOCK_M == 64 || BLOCK_M == 128 || BLOCK_M == 192, "a consumer warpgroup computes 64 rows");
-static_assert(A_BYTES % 1024 == 0 && B_BYTES / PAIR % 1024 == 0, "the swizzle repeats every 1024 bytes");
+static_assert(A_BYTES % 1024 == 0 && B_BYTES % 1024 == 0, "the swizzle repeats every 1024 bytes");
 static_assert(HALVES * WGMMA_N == GROUP_N, "whole wgmma tiles");
 static_assert(SPLITS == 1 || BLOCK_M * BLOCK_N * 4 <= STAGING_AT, "split sums lie where the stages were");
 static_assert(SPLITS == 1 || (GROUPING == DENSE && CONSUMER_WARPS % SPLITS == 0), "an owner for each warp's sums");
-static_assert(PAIR == 1 || (GROUPING == DENSE && SPLITS == 1 && OUTPUT <= OUTPUT_ADD), "equal k-blocks, one box of B");
 
-#if SPLITS * PAIR > 1
-#define CLUSTER __cluster_dims__(SPLITS * PAIR, 1, 1)
+#if SPLITS > 1
+#define CLUSTER __cluster_dims__(SPLITS, 1, 1)
 #else
 #define CLUSTER
 #endif
@@ -85,16 +81,15 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         prefetch_tensor_map(&map_b);
         for (int stage = 0; stage < STAGES; ++stage) {
             mbarrier_init(full(stage), 1 + 32);
-            mbarrier_init(empty(stage), CONSUMER_WARPS * PAIR);
+            mbarrier_init(empty(stage), CONSUMER_WARPS);
         }
         mbarrier_init_fence();
     }
     __syncthreads();
-    if (PAIR > 1) cluster_barrier();  // no copy of the other CTA may come before the barriers are there
 
     Scheduler scheduler(problem, table);
     // Split tiles: a cluster computes one and ends, so that its stages are free for the sums.
-    const int first_tile = blockIdx.x / (SPLITS * PAIR), step = gridDim.x / PAIR;
+    const int first_tile = blockIdx.x / SPLITS, step = gridDim.x;
     int stage = 0;
     u32 phase = 0;
     const auto advance = [&] {
@@ -116,11 +111,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                         tma_load_groups_5d(a + A_BYTES, &map_b, kb * BLOCK_K, t.b_row / 64, full(stage));
                     } else {
                         tma_load(a, &map_a, kb * BLOCK_K, t.a_row, full(stage));
-                        if (PAIR > 1)
-                            tma_load_multicast(a + A_BYTES + scheduler.rank * (B_BYTES / PAIR), &map_b, kb * BLOCK_K,
-                                               t.b_row + scheduler.rank * (BLOCK_N / PAIR), full(stage), 3);
-                        else
-                            tma_load(a + A_BYTES, &map_b, kb * BLOCK_K, t.b_row, full(stage));
+                        tma_load(a + A_BYTES, &map_b, kb * BLOCK_K, t.b_row, full(stage));
                     }
                     if (OUTPUT == OUTPUT_SWIGLU)  // boxes of half the rows: the gate's, then up's
                         tma_load(a + A_BYTES + B_BYTES / 2, &map_b, kb * BLOCK_K, t.b_row + n / 2, full(stage));
@@ -160,8 +151,6 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         // Those of the current stage are carried along: after a promotion nothing is left to compute before the next
         // wgmma, and what is computed there is time in which the tensor cores may run dry.
         u32 stage_a = first_a, stage_b = first_b;
-        // Lane r tells CTA r of the pair.
-        const u32 pair_empty = PAIR > 1 ? cluster_address(empty(0), lane % PAIR) : 0;
 
         Tile next = first_tile < scheduler.num_tiles ? scheduler.tile(first_tile) : Tile{};
         for (int index = first_tile; index < scheduler.num_tiles; index += step) {
@@ -210,8 +199,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     wgmma_wait();
                     if (last) {
                         __syncwarp();
-                        if (PAIR == 1 && lane == 0) mbarrier_arrive(empty(used));
-                        if (PAIR > 1 && lane < PAIR) mbarrier_arrive_cluster(pair_empty + used * 8);
+                        if (lane == 0) mbarrier_arrive(empty(used));
                     }
                     promote(sum[half], part, scales);
                 }
@@ -225,5 +213,4 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         }
         if (ASYNC_STORE && lane == 0) bulk_wait_read<0>();  // shared memory must outlive the stores
     }
-    if (PAIR > 1) cluster_barrier();  // shared memory must outlive the other CTA's arrivals
 }

@@ -22,11 +22,6 @@ DEVICE void mbarrier_arrive_expect_tx(u32 bar, u32 bytes) {
 DEVICE void mbarrier_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
-// At an address of cluster_address. Not .release.cluster: that costs a GPU-wide memory barrier an arrival, and what it
-// would order, this warp's reads of a stage, is complete by data dependence.
-DEVICE void mbarrier_arrive_cluster(u32 bar) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
-}
 // Returns once the phase of this parity has completed.
 DEVICE void mbarrier_wait(u32 bar, u32 parity) {
     asm volatile(
@@ -47,14 +42,7 @@ DEVICE void tma_load(u32 dst, const TensorMap* map, int x, int y, u32 bar) {
             "r"(dst), "l"(map), "r"(x), "r"(y), "r"(bar)
         : "memory");
 }
-// The same into every CTA of the cluster whose bit is set in `mask`: to the same place, completing on the barrier there.
-DEVICE void tma_load_multicast(u32 dst, const TensorMap* map, int x, int y, u32 bar, unsigned short mask) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-        "[%1, {%2, %3}], [%4], %5;" ::"r"(dst), "l"(map), "r"(x), "r"(y), "r"(bar), "h"(mask)
-        : "memory");
-}
-// tma_load of maps whose rows are in groups (`row_order` of tma.py, with two and three axes); group: of the first row.
+// The same of maps whose rows are in groups (`row_order` of tma.py, with two and three axes); group: of the first row.
 DEVICE void tma_load_groups_4d(u32 dst, const TensorMap* map, int x, int group, u32 bar) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %3, %4}], "

@@ -77,17 +77,14 @@ DEVICE void fill_group_table(const Problem& p, int* table, int* status) {
     }
 }
 
-// PAIR == 2: "tile" counts pairs of tiles here, and `rank` says which of the two is this CTA's. The second one of the
-// last pair may not exist; it is computed all the same, with no rows to store.
 struct Scheduler {
     const Problem& p;
     const int* table;
-    int tiles_n, num_tiles, group = 0, rank = 0;
+    int tiles_n, num_tiles, group = 0;
 
     DEVICE Scheduler(const Problem& p, const int* table) : p(p), table(table) {
-        if (PAIR > 1) rank = cluster_rank();
         tiles_n = ceil_div(p.n, BLOCK_N);
-        if (GROUPING == DENSE) num_tiles = ceil_div(p.m, BLOCK_M * PAIR) * tiles_n;
+        if (GROUPING == DENSE) num_tiles = ceil_div(p.m, BLOCK_M) * tiles_n;
         if (GROUPING == M_GROUPED || GROUPING == MASKED) num_tiles = table[p.num_groups - 1] * tiles_n;
         if (GROUPING == K_GROUPED) num_tiles = p.num_groups * ceil_div(p.m, BLOCK_M) * tiles_n;
     }
@@ -96,7 +93,7 @@ struct Scheduler {
     DEVICE Tile tile(int index) {
         int first = 0, tiles_m, start = 0, end = p.m;
         if (GROUPING == DENSE) {
-            tiles_m = ceil_div(p.m, BLOCK_M * PAIR);
+            tiles_m = ceil_div(p.m, BLOCK_M);
         } else if (GROUPING == K_GROUPED) {
             tiles_m = ceil_div(p.m, BLOCK_M);
             group = index / (tiles_m * tiles_n);
@@ -112,7 +109,7 @@ struct Scheduler {
         const int band_start = local / (p.band * tiles_n) * p.band;
         const int band_width = min(p.band, tiles_m - band_start);
         const int in_band = local - band_start * tiles_n;
-        const int m0 = ((band_start + in_band % band_width) * PAIR + rank) * BLOCK_M;
+        const int m0 = (band_start + in_band % band_width) * BLOCK_M;
         const int n0 = in_band / band_width * (OUTPUT == OUTPUT_SWIGLU ? BLOCK_N / 2 : BLOCK_N);
 
         Tile t;

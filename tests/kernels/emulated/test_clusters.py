@@ -1,4 +1,4 @@
-"""Clusters of CTAs on the CPU: pairs that share B by multicast, tiles that are split along K.
+"""Clusters of CTAs on the CPU: tiles that are split along K.
 
 One CTA of a cluster after the other runs until it has to wait, so each is as far ahead as it can
 get. Copies still land at once and a CTA's warps run nearly in step: a missing fence is not seen,
@@ -20,7 +20,6 @@ from fp8moe.kernels.heuristics import Grouping, Output, Problem, Tile
 from .conftest import plant
 
 Start = Any
-PAIR = Tile(128, 128, pair=2)
 
 
 class Case:
@@ -42,30 +41,6 @@ class Case:
         assert testing.worst_row_error(out, self.exact) < gate
 
 
-@pytest.mark.parametrize("sms", [3, 5], ids=lambda n: f"{n} SMs")
-@pytest.mark.parametrize(
-    ("m", "n", "k", "band"),
-    [(300, 200, 400, 1), (520, 136, 144, 2), (257, 264, 1040, 2), (3, 136, 400, 1)],
-    ids=str,
-)
-def test_pairs(
-    emulated: Start, monkeypatch: pytest.MonkeyPatch, m: int, n: int, k: int, band: int, sms: int
-) -> None:
-    """Odd numbers of tiles along m and n, tiles that lie outside, rings longer and shorter than K,
-    one and two clusters that walk over the pairs."""
-    case = Case(m, n, k)
-    words = emulated(gemm)
-    monkeypatch.setattr(gemm, "num_sms", lambda device: sms)
-    case.check(PAIR, band)
-    assert not words.any()
-
-
-def test_pairs_of_fp32_tiles(emulated: Start) -> None:
-    case = Case(300, 136, 400)
-    emulated(gemm)
-    case.check(PAIR, output=Output.F32)
-
-
 @pytest.mark.parametrize("tile", [Tile(64, 32, 4), Tile(64, 64, 8), Tile(64, 128, 2)], ids=str)
 @pytest.mark.parametrize("k", [1296, 400, 112])
 def test_split_tiles(emulated: Start, tile: Tile, k: int) -> None:
@@ -74,48 +49,6 @@ def test_split_tiles(emulated: Start, tile: Tile, k: int) -> None:
     words = emulated(gemm)
     case.check(tile)
     assert not words.any()
-
-
-@pytest.mark.parametrize(
-    ("right", "wrong"),
-    [
-        ("CONSUMER_WARPS * PAIR)", "CONSUMER_WARPS)"),
-        ("lane < PAIR", "lane == 0"),
-        ("lane % PAIR", "0"),
-        ("if (PAIR > 1) cluster_barrier();  // no", "// no"),
-        ("if (PAIR > 1) cluster_barrier();  // shared", "// shared"),
-        ("scheduler.rank * (B_BYTES / PAIR)", "0"),
-        ("scheduler.rank * (BLOCK_N / PAIR)", "0"),
-        ("full(stage), 3)", "full(stage), 1)"),
-        ("* PAIR + rank) * BLOCK_M", "* PAIR) * BLOCK_M"),
-        ("gridDim.x / PAIR", "gridDim.x"),
-    ],
-    ids=(
-        "arrivals,one CTA told,own CTA told twice,initialisation,end,half's place,half's rows,"
-        "one CTA's copy,tile,step"
-    ).split(","),
-)
-def test_a_planted_error_of_pairs_is_seen(
-    emulated: Start, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str
-) -> None:
-    case = Case(520, 136, 1040)
-    emulated(gemm)
-    plant(monkeypatch, right, wrong)
-    with pytest.raises((AssertionError, RuntimeError)):
-        case.check(PAIR)
-
-
-def test_a_stage_that_the_other_cta_still_reads_is_not_overwritten(
-    emulated: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The control: each CTA waits for its own consumers alone."""
-    case = Case(520, 136, 1040)
-    emulated(gemm)
-    plant(monkeypatch, "CONSUMER_WARPS * PAIR)", "CONSUMER_WARPS)")
-    plant(monkeypatch, "PAIR == 1 && lane == 0", "lane == 0")
-    plant(monkeypatch, "PAIR > 1 && lane < PAIR", "false")
-    with pytest.raises((AssertionError, RuntimeError)):
-        case.check(PAIR)
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_gemm_with_swiglu_has_the_bits_of_both_kernels(
         ("lane * (n_blocks / 2)", "lane"),
         ("a + A_BYTES + B_BYTES / 2", "a + A_BYTES"),
         ("full(stage), STAGE_BYTES", "full(stage), STAGE_BYTES - 16384"),
-        ("mbarrier_init(empty(stage), CONSUMER_WARPS * PAIR)", "mbarrier_init(empty(stage), 1)"),
+        ("mbarrier_init(empty(stage), CONSUMER_WARPS)", "mbarrier_init(empty(stage), 1)"),
         ("0x7632), __byte_perm(v.z", "0x5410), __byte_perm(v.z"),
         ("lane % 16, c + lane / 16)", "lane % 16, c + lane / 8 % 2)"),
         ("first_row + lane % 16) : kPad", "first_row + lane % 8) : kPad"),
