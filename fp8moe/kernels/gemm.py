@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
@@ -96,55 +96,10 @@ def operand_map(
     )
 
 
-class _Plan(NamedTuple):
-    """What a launch of one problem needs that does not depend on the operands' addresses."""
-
-    kernel: launch.Kernel
-    tile: Tile
-    band: int
-    grid: int
-    threads: int
-    smem: int
-
-
-def _plan(p: Problem, sms: int, config: tuple[Tile, int]) -> _Plan:
-    tile, band = config
-    return _Plan(
-        jit.load(spec(p.grouping, p.output, tile, p.groups)),
-        tile,
-        band,
-        heuristics.grid(p, tile, sms),
-        128 * (tile.consumers + 1),
-        tile.shared_memory(p.groups),
-    )
-
-
-@lru_cache(maxsize=4096)
-def _chosen_plan(p: Problem, sms: int) -> _Plan:
-    return _plan(p, sms, heuristics.choose(p, sms))
-
-
-@lru_cache(maxsize=4096)
-def _maps(
-    p: Problem, tile: Tile, a: int, b: int, out: int
-) -> tuple[tma.TensorMap, tma.TensorMap, tma.TensorMap]:
-    """The descriptors of a launch whose operands and output have these addresses."""
-    map_a = operand_map(a, p.rows_a, p.k, tile.block_m)
-    map_b = operand_map(b, p.rows_b, p.k, tile.block_n)
-    if not tile.async_store:  # the kernel does not look at the third one
-        return map_a, map_b, map_a
-    item = 2 if p.output == Output.BF16 else 4
-    map_d = tma.tensor_map(
-        out,
-        dtype="bf16" if p.output == Output.BF16 else "f32",
-        rows=p.rows_d,
-        cols=p.n,
-        row_stride_bytes=p.n * item,
-        box_rows=16,
-        box_cols=128 // item,
-        swizzle=128,
-    )
-    return map_a, map_b, map_d
+# Launches by all that they depend on: in a training loop addresses come again, and to describe and
+# pack the operands anew takes the host longer than the launch.
+_prepared: dict[tuple[Any, ...], tuple[launch.Kernel, launch.Prepared]] = {}
+_MAX_PREPARED = 4096
 
 
 def _launch(
@@ -160,32 +115,77 @@ def _launch(
     """Run problem ``p``; ``config`` overrides the heuristic (tile, band) when searching."""
     if p.m == 0:
         return
-    sms = max(1, num_sms(out.get_device()) - _spared)
-    plan = _plan(p, sms, config) if config else _chosen_plan(p, sms)
-    map_a, map_b, map_d = _maps(p, plan.tile, a.data_ptr(), b.data_ptr(), out.data_ptr())
-    plan.kernel(
-        plan.grid,
-        plan.threads,
-        [
-            map_a,
-            map_b,
-            map_d,
-            a_scale,
-            b_scale,
-            out,
-            groups,
-            status.pointer(out.device),
-            p.m,
-            p.n,
-            p.k,
-            p.groups,
-            plan.band,
-            p.rows_a,
-            block_stride(a_scale),
-            b_scale.shape[-1],
-        ],
-        smem=plan.smem,
+    key = (
+        p,
+        config,
+        _spared,
+        out.get_device(),
+        a.data_ptr(),
+        a_scale.data_ptr(),
+        b.data_ptr(),
+        b_scale.data_ptr(),
+        out.data_ptr(),
+        0 if groups is None else groups.data_ptr(),
+        a_scale.stride(-1),
     )
+    ready = _prepared.get(key)
+    if ready is None:
+        if len(_prepared) >= _MAX_PREPARED:
+            _prepared.clear()
+        ready = _prepared[key] = _prepare(p, a, a_scale, b, b_scale, groups, out, config)
+    kernel, prepared = ready
+    kernel.start(prepared)
+
+
+def _prepare(
+    p: Problem,
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    groups: torch.Tensor | None,
+    out: torch.Tensor,
+    config: tuple[Tile, int] | None,
+) -> tuple[launch.Kernel, launch.Prepared]:
+    sms = max(1, num_sms(out.get_device()) - _spared)
+    tile, band = config or heuristics.choose(p, sms)
+    kernel = jit.load(spec(p.grouping, p.output, tile, p.groups))
+    map_a = operand_map(a.data_ptr(), p.rows_a, p.k, tile.block_m)
+    # The epilogue's TMA stores; without them the kernel does not look at it.
+    map_d = (
+        tma.tensor_map(
+            out.data_ptr(),
+            dtype="bf16" if p.output == Output.BF16 else "f32",
+            rows=p.rows_d,
+            cols=p.n,
+            row_stride_bytes=p.n * out.element_size(),
+            box_rows=16,
+            box_cols=128 // out.element_size(),
+            swizzle=128,
+        )
+        if tile.async_store
+        else map_a
+    )
+    args = [
+        map_a,
+        operand_map(b.data_ptr(), p.rows_b, p.k, tile.block_n),
+        map_d,
+        a_scale,
+        b_scale,
+        out,
+        groups,
+        status.pointer(out.device),
+        p.m,
+        p.n,
+        p.k,
+        p.groups,
+        band,
+        p.rows_a,
+        block_stride(a_scale),
+        b_scale.shape[-1],
+    ]
+    grid, threads = heuristics.grid(p, tile, sms), 128 * (tile.consumers + 1)
+    return kernel, kernel.prepare(grid, threads, args, smem=tile.shared_memory(p.groups))
 
 
 def _gemm_nt_cuda(a, a_scale, b, b_scale, out) -> None:

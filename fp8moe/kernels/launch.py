@@ -11,7 +11,7 @@ import ctypes
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,7 +49,11 @@ class ArgumentFrame:
         self.address = ctypes.addressof(self._pointers)
 
     def fill(self, values: Sequence[Any]) -> None:
-        self._struct.pack_into(self._memory, self._start, *values)
+        """Pack `values`. Raises: ValueError naming the one that does not fit its type."""
+        try:
+            self._struct.pack_into(self._memory, self._start, *values)
+        except struct.error as error:
+            raise _name_overflow(self.codes, values, error) from None
 
     def read(self, index: int) -> bytes:
         """The bytes of one argument as the driver will copy them."""
@@ -164,6 +168,16 @@ def _dim3(dim: Dim) -> tuple[int, int, int]:
     return x, y, z
 
 
+class Prepared(NamedTuple):
+    """A launch whose arguments lie ready in memory of its own, which nothing changes any more."""
+
+    grid: int
+    block: int
+    smem: int
+    frame: ArgumentFrame
+    device: int
+
+
 class Kernel:
     """A loaded kernel: ``kernel(grid, block, args, smem=bytes)``."""
 
@@ -195,8 +209,19 @@ class Kernel:
             _, size = checked(result, "cuKernelGetParamInfo")
             sizes.append(size)
 
+    def _frame(self, args: Sequence[Any]) -> tuple[ArgumentFrame, list[Any], int]:
+        """Memory for `args`, their values, and the index of their device or -1."""
+        codes, values, device = encode(args)
+        frame = ArgumentFrame(codes)
+        if frame.sizes != self._parameter_bytes:
+            raise TypeError(
+                f"{self.entry}: expected arguments of {self._parameter_bytes} bytes, "
+                f"got {frame.sizes}"
+            )
+        return frame, values, device
+
     def _pack(self, args: Sequence[Any]) -> tuple[ArgumentFrame, int]:
-        """The frame that now holds `args`, and the index of their device or -1."""
+        """The thread's frame that now holds `args`, and the index of their device or -1."""
         frames: dict[tuple[type, ...], tuple[ArgumentFrame, Callable]]
         try:
             frames = self._local.frames
@@ -207,18 +232,9 @@ class Kernel:
         if read is not None:
             device, values = read(args)
         if frame is None or device == -2:
-            codes, values, device = encode(args)  # raises for tensors on two devices
-            frame = ArgumentFrame(codes)
-            if frame.sizes != self._parameter_bytes:
-                raise TypeError(
-                    f"{self.entry}: expected arguments of {self._parameter_bytes} bytes, "
-                    f"got {frame.sizes}"
-                )
+            frame, values, device = self._frame(args)  # raises for tensors on two devices
             frames[kinds] = frame, reader(kinds)
-        try:
-            frame.fill(values)
-        except struct.error as error:
-            raise _name_overflow(frame.codes, values, error) from None
+        frame.fill(values)
         return frame, device
 
     def _config(self, grid: Dim, block: Dim, smem: int, stream: int) -> Any:
@@ -254,12 +270,24 @@ class Kernel:
         """
         if grid == 0 or (not isinstance(grid, int) and 0 in grid):
             return
-        frame, device = self._pack(args)
+        self._start(grid, block, smem, *self._pack(args))
+
+    def prepare(self, grid: int, block: int, args: Sequence[Any], *, smem: int = 0) -> Prepared:
+        """What `start` needs to launch with these arguments again and again, see `__call__`."""
+        frame, values, device = self._frame(args)
+        frame.fill(values)
+        return Prepared(grid, block, smem, frame, device)
+
+    def start(self, prepared: Prepared) -> None:
+        """Launch on the current stream of the tensors' device. Raises: DriverError."""
+        self._start(*prepared)
+
+    def _start(self, grid: Dim, block: Dim, smem: int, frame: ArgumentFrame, device: int) -> None:
         if device < 0:
             device = torch.cuda.current_device()
         elif device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
-                return self(grid, block, args, smem=smem)
+                return self._start(grid, block, smem, frame, device)
         if smem > _DEFAULT_SMEM_BYTES and smem > self._smem.get(device, 0):
             self._allow_smem(smem, device)
         stream = torch._C._cuda_getCurrentRawStream(device)

@@ -377,7 +377,7 @@ def test_spared_sms_are_not_planned_with(monkeypatch: pytest.MonkeyPatch) -> Non
         raise LookupError
 
     monkeypatch.setattr(gemm, "num_sms", lambda index: 132)
-    monkeypatch.setattr(gemm, "_chosen_plan", plan)
+    monkeypatch.setattr(gemm.heuristics, "choose", plan)
 
     def launch() -> None:
         with pytest.raises(LookupError):
@@ -393,3 +393,42 @@ def test_spared_sms_are_not_planned_with(monkeypatch: pytest.MonkeyPatch) -> Non
         raise KeyError
     launch()
     assert planned == [132, 116, 1, 116, 132]
+
+
+def test_a_launch_is_prepared_once_for_all_that_it_depends_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another problem, tile, number of spared SMs or tensor is another launch."""
+    prepared: list[Problem] = []
+    started: list[int] = []
+
+    class Kernel:
+        def start(self, number: int) -> None:
+            started.append(number)
+
+    def prepare(p: Problem, *_: object) -> tuple[Kernel, int]:
+        prepared.append(p)
+        return Kernel(), len(prepared)
+
+    monkeypatch.setattr(gemm, "_prepared", {})
+    monkeypatch.setattr(gemm, "_prepare", prepare)
+    problem = Problem(Grouping.M_GROUPED, Output.BF16, 256, 256, 256)
+    operands = [torch.zeros(256, 256) for _ in range(6)]
+    tile = heuristics.Tile(64, 64)
+
+    def launch(p: Problem = problem, config: object = None, **others: torch.Tensor) -> int:
+        given = [others.get(f"t{i}", t) for i, t in enumerate(operands)]
+        gemm._launch(p, *given, config)
+        return started[-1]
+
+    assert [launch(), launch()] == [1, 1]
+    assert launch(problem._replace(n=128)) == 2
+    assert launch(problem, (tile, 1)) == 3 and launch(problem, (tile, 2)) == 4
+    with gemm.sparing_sms(16):
+        assert launch() == 5
+    for i in range(6):
+        assert launch(**{f"t{i}": torch.zeros(256, 256)}) == 6 + i
+    assert launch(t1=operands[1].t()) == 12  # scales that lie in another way
+    assert launch() == 1
+    monkeypatch.setattr(gemm, "_MAX_PREPARED", 12)
+    assert launch(problem._replace(n=64)) == 13 and launch() == 14  # they do not pile up

@@ -7,6 +7,7 @@ code that launches them. See emulator.h for what it can and cannot show.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import re
 import shutil
@@ -281,6 +282,21 @@ class EmulatedKernel:
         if error is not None:
             raise RuntimeError(f"{self.entry}: {error.decode()}")
 
+    def prepare(
+        self, grid: launch.Dim, block: int, args: Sequence[Any], *, smem: int
+    ) -> Callable[[], None]:
+        return functools.partial(self, grid, block, args, smem=smem)
+
+    def start(self, prepared: Callable[[], None]) -> None:
+        prepared()
+
+
+class Forgetful(dict):
+    """A cache that keeps nothing: a test may plant an error between two launches."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
 
 @pytest.fixture(scope="session")
 def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Callable:
@@ -396,7 +412,7 @@ def emulated(
     def start(*modules: ModuleType) -> torch.Tensor:
         monkeypatch.setattr(jit, "load", load)
         monkeypatch.setattr(tma, "tensor_map", fake_tensor_map)
-        monkeypatch.setattr(gemm, "_maps", gemm._maps.__wrapped__)
+        monkeypatch.setattr(gemm, "_prepared", Forgetful())
         monkeypatch.setattr(gemm, "num_sms", lambda device: 3)
         monkeypatch.setattr(status, "pointer", lambda device: ctypes.c_void_p(words.data_ptr()))
         monkeypatch.setattr(torch, "empty", memory.empty)
