@@ -43,6 +43,11 @@ constexpr int GROUP_N = BLOCK_M > 64 ? BLOCK_N : BLOCK_N / 2;
 constexpr int WGMMA_N = GROUP_N <= 192 ? GROUP_N : GROUP_N / 2;
 constexpr int HALVES = GROUP_N / WGMMA_N;
 
+// The k-blocks of a small tile are so short that each instruction which delays a wgmma shows, and its sums leave registers
+// free. So the scales are loaded last there, where the compiler cannot put them between two wgmma, and descriptors are made
+// such that it keeps them in uniform registers, where wgmma takes them. Both made larger tiles spill or slower.
+constexpr bool SMALL_TILE = BLOCK_M * BLOCK_N <= 128 * 128;
+
 constexpr int A_BYTES = BLOCK_M * BLOCK_K;
 constexpr int B_BYTES = BLOCK_N * BLOCK_K;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
@@ -182,7 +187,8 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     wgmma_commit();
                     // While the tensor cores work: the scales, the next tile, the next stage.
                     Scales<WGMMA_N> scales;
-                    scales.load(scales_a, scales_b, warp_row + first_row_of(lane), column, offset);
+                    const int row = warp_row + first_row_of(lane);
+                    if (!SMALL_TILE) scales.load(scales_a, scales_b, row, column, offset);
                     const bool last = half == HALVES - 1;
                     const int used = stage;
                     if (half == 0 && kb == 0) look_ahead();
@@ -192,10 +198,16 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
 #endif
                     if (last) {
                         advance();
-                        stage_a = stage == 0 ? first_a : stage_a + (STAGE_BYTES >> 4);
-                        stage_b = stage == 0 ? first_b : stage_b + (STAGE_BYTES >> 4);
+                        if (SMALL_TILE) {
+                            stage_a = uniform(first_a + stage * (STAGE_BYTES >> 4));
+                            stage_b = uniform(first_b + stage * (STAGE_BYTES >> 4));
+                        } else {
+                            stage_a = stage == 0 ? first_a : stage_a + (STAGE_BYTES >> 4);
+                            stage_b = stage == 0 ? first_b : stage_b + (STAGE_BYTES >> 4);
+                        }
                         if (kb + 1 < t.num_k_blocks) mbarrier_wait(full(stage), phase);
                     }
+                    if (SMALL_TILE) scales.load(scales_a, scales_b, row, column, offset);
                     wgmma_wait();
                     if (last) {
                         __syncwarp();

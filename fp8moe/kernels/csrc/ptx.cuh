@@ -10,6 +10,9 @@ struct alignas(128) TensorMap { u64 opaque[16]; };
 
 DEVICE u32 smem_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
+// x, which is the same in all lanes of a warp, from a uniform register: redux (9.7.13.8) leaves its result in one.
+DEVICE u32 uniform(u32 x) { return __reduce_max_sync(~0u, x); }
+
 // ---- mbarrier (9.7.13.15, Parallel Synchronization: mbarrier) ------------------------------------------------------
 DEVICE void mbarrier_init(u32 bar, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
