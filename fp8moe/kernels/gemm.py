@@ -149,7 +149,7 @@ def _prepare(
 ) -> tuple[launch.Kernel, launch.Prepared]:
     sms = max(1, num_sms(out.get_device()) - _spared)
     tile, band = config or heuristics.choose(p, sms)
-    kernel = jit.load(spec(p.grouping, p.output, tile, p.groups))
+    kernel, grid, threads, smem = _shape(p, tile, sms)
     map_a = operand_map(a.data_ptr(), p.rows_a, p.k, tile.block_m)
     # The epilogue's TMA stores; without them the kernel does not look at it.
     map_d = (
@@ -184,8 +184,15 @@ def _prepare(
         block_stride(a_scale),
         b_scale.shape[-1],
     ]
-    grid, threads = heuristics.grid(p, tile, sms), 128 * (tile.consumers + 1)
-    return kernel, kernel.prepare(grid, threads, args, smem=tile.shared_memory(p.groups))
+    return kernel, kernel.prepare(grid, threads, args, smem=smem)
+
+
+@lru_cache(maxsize=4096)
+def _shape(p: Problem, tile: Tile, sms: int) -> tuple[launch.Kernel, int, int, int]:
+    """The kernel of a problem, its grid, threads of a CTA and bytes of shared memory."""
+    kernel = jit.load(spec(p.grouping, p.output, tile, p.groups))
+    threads = 128 * (tile.consumers + 1)
+    return kernel, heuristics.grid(p, tile, sms), threads, tile.shared_memory(p.groups)
 
 
 def _gemm_nt_cuda(a, a_scale, b, b_scale, out) -> None:

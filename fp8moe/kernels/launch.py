@@ -8,6 +8,7 @@ against several for rebuilding either.
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -24,28 +25,33 @@ _DEFAULT_SMEM_BYTES = 48 * 1024
 _MAX_CONFIGS = 1024
 
 
+@functools.cache
+def _layout(codes: tuple[str, ...]) -> tuple[struct.Struct, list[int], list[int]]:
+    """The arguments' struct, and the offset and size of each."""
+    layout = "@"
+    offsets = []
+    for code in codes:
+        if code.endswith("s"):
+            align = TENSOR_MAP_ALIGN if code == f"{TENSOR_MAP_BYTES}s" else 8
+            layout += f"{-struct.calcsize(layout) % align}x"
+        layout += code
+        offsets.append(struct.calcsize(layout) - struct.calcsize("@" + code))
+    return struct.Struct(layout), offsets, [struct.calcsize("@" + code) for code in codes]
+
+
 class ArgumentFrame:
-    """Memory for one call's arguments, laid out once for a sequence of ``struct`` codes.
+    """Memory for one call's arguments, laid out for a sequence of ``struct`` codes.
 
     ``address`` is the ``void**`` that the driver takes: an array with the address of each argument.
     """
 
     def __init__(self, codes: Sequence[str]) -> None:
-        layout = "@"
-        offsets = []
-        for code in codes:
-            if code.endswith("s"):
-                align = TENSOR_MAP_ALIGN if code == f"{TENSOR_MAP_BYTES}s" else 8
-                layout += f"{-struct.calcsize(layout) % align}x"
-            layout += code
-            offsets.append(struct.calcsize(layout) - struct.calcsize("@" + code))
-        self.codes = list(codes)
-        self.sizes = [struct.calcsize("@" + code) for code in codes]
-        self._struct = struct.Struct(layout)
+        self.codes = tuple(codes)
+        self._struct, offsets, self.sizes = _layout(self.codes)
         self._memory = ctypes.create_string_buffer(self._struct.size + TENSOR_MAP_ALIGN)
         self._start = -ctypes.addressof(self._memory) % TENSOR_MAP_ALIGN
         base = ctypes.addressof(self._memory) + self._start
-        self._pointers = (ctypes.c_void_p * max(len(codes), 1))(*(base + o for o in offsets))
+        self._pointers = (ctypes.c_void_p * max(len(codes), 1))(*[base + o for o in offsets])
         self.address = ctypes.addressof(self._pointers)
 
     def fill(self, values: Sequence[Any]) -> None:

@@ -413,6 +413,7 @@ def emulated(
         monkeypatch.setattr(jit, "load", load)
         monkeypatch.setattr(tma, "tensor_map", fake_tensor_map)
         monkeypatch.setattr(gemm, "_prepared", Forgetful())
+        monkeypatch.setattr(gemm, "_shape", gemm._shape.__wrapped__)
         monkeypatch.setattr(gemm, "num_sms", lambda device: 3)
         monkeypatch.setattr(status, "pointer", lambda device: ctypes.c_void_p(words.data_ptr()))
         monkeypatch.setattr(torch, "empty", memory.empty)
