@@ -97,8 +97,9 @@ def operand_map(
 
 
 # Launches by all that they depend on: in a training loop addresses come again, and to describe and
-# pack the operands anew takes the host longer than the launch.
-_prepared: dict[tuple[Any, ...], tuple[launch.Kernel, launch.Prepared]] = {}
+# pack the operands anew takes the host longer than the launch. None: seen once, and perhaps never
+# again.
+_prepared: dict[tuple[Any, ...], tuple[launch.Kernel, launch.Prepared] | None] = {}
 _MAX_PREPARED = 4096
 
 
@@ -115,10 +116,11 @@ def _launch(
     """Run problem ``p``; ``config`` overrides the heuristic (tile, band) when searching."""
     if p.m == 0:
         return
+    sms = max(1, num_sms(out.get_device()) - _spared)
     key = (
         p,
         config,
-        _spared,
+        sms,
         out.get_device(),
         a.data_ptr(),
         a_scale.data_ptr(),
@@ -129,27 +131,43 @@ def _launch(
         a_scale.stride(-1),
     )
     ready = _prepared.get(key)
-    if ready is None:
-        if len(_prepared) >= _MAX_PREPARED:
-            _prepared.clear()
-        ready = _prepared[key] = _prepare(p, a, a_scale, b, b_scale, groups, out, config)
-    kernel, prepared = ready
-    kernel.start(prepared)
+    if ready is not None:
+        kernel, prepared = ready
+        kernel.start(prepared)
+        return
+    tile, band = config or heuristics.choose(p, sms)
+    kernel, grid, threads, smem = _shape(p, tile, sms)
+    args = _arguments(p, tile, band, a, a_scale, b, b_scale, groups, out)
+    if key in _prepared:
+        prepared = kernel.prepare(grid, threads, args, smem=smem)
+        _prepared[key] = kernel, prepared
+        kernel.start(prepared)
+        return
+    if len(_prepared) >= _MAX_PREPARED:
+        _prepared.clear()
+    _prepared[key] = None
+    kernel(grid, threads, args, smem=smem)
 
 
-def _prepare(
+@lru_cache(maxsize=4096)
+def _shape(p: Problem, tile: Tile, sms: int) -> tuple[launch.Kernel, int, int, int]:
+    """The kernel of a problem, its grid, threads of a CTA and bytes of shared memory."""
+    kernel = jit.load(spec(p.grouping, p.output, tile, p.groups))
+    threads = 128 * (tile.consumers + 1)
+    return kernel, heuristics.grid(p, tile, sms), threads, tile.shared_memory(p.groups)
+
+
+def _arguments(
     p: Problem,
+    tile: Tile,
+    band: int,
     a: torch.Tensor,
     a_scale: torch.Tensor,
     b: torch.Tensor,
     b_scale: torch.Tensor,
     groups: torch.Tensor | None,
     out: torch.Tensor,
-    config: tuple[Tile, int] | None,
-) -> tuple[launch.Kernel, launch.Prepared]:
-    sms = max(1, num_sms(out.get_device()) - _spared)
-    tile, band = config or heuristics.choose(p, sms)
-    kernel, grid, threads, smem = _shape(p, tile, sms)
+) -> list[Any]:
     map_a = operand_map(a.data_ptr(), p.rows_a, p.k, tile.block_m)
     # The epilogue's TMA stores; without them the kernel does not look at it.
     map_d = (
@@ -166,7 +184,7 @@ def _prepare(
         if tile.async_store
         else map_a
     )
-    args = [
+    return [
         map_a,
         operand_map(b.data_ptr(), p.rows_b, p.k, tile.block_n),
         map_d,
@@ -184,15 +202,6 @@ def _prepare(
         block_stride(a_scale),
         b_scale.shape[-1],
     ]
-    return kernel, kernel.prepare(grid, threads, args, smem=smem)
-
-
-@lru_cache(maxsize=4096)
-def _shape(p: Problem, tile: Tile, sms: int) -> tuple[launch.Kernel, int, int, int]:
-    """The kernel of a problem, its grid, threads of a CTA and bytes of shared memory."""
-    kernel = jit.load(spec(p.grouping, p.output, tile, p.groups))
-    threads = 128 * (tile.consumers + 1)
-    return kernel, heuristics.grid(p, tile, sms), threads, tile.shared_memory(p.groups)
 
 
 def _gemm_nt_cuda(a, a_scale, b, b_scale, out) -> None:
@@ -272,7 +281,7 @@ def gemm_nt(a: FP8Tensor, b: FP8Tensor, *, out: torch.Tensor | None = None) -> t
 
     Source: two-level accumulation as in section 3.3.2 of the DeepSeek-V3 report.
     """
-    operands.check_gemm_nt(*a, *b, out)
+    operands.check_gemm_nt(*operands.parts(a, b), out)
     operands.check_addresses(a, b, out)
     if out is None:
         out = a.data.new_empty((a.data.shape[0], b.data.shape[0]), dtype=torch.bfloat16)
@@ -298,7 +307,7 @@ def m_grouped_gemm_nt(
 
     Source: the grouped layout of DeepGEMM, with arbitrary group ends.
     """
-    operands.check_m_grouped(*a, *b, group_ends, out)
+    operands.check_m_grouped(*operands.parts(a, b), group_ends, out)
     operands.check_addresses(a, b, out)
     if out is None:
         out = a.data.new_empty((a.data.shape[0], b.data.shape[1]), dtype=torch.bfloat16)
@@ -325,7 +334,7 @@ def m_grouped_gemm_nt_masked(
 
     Source: the masked layout of DeepGEMM.
     """
-    operands.check_masked(*a, *b, group_sizes, out)
+    operands.check_masked(*operands.parts(a, b), group_sizes, out)
     operands.check_addresses(a, b, out)
     if out is None:
         out = a.data.new_empty((*a.data.shape[:2], b.data.shape[1]), dtype=torch.bfloat16)
@@ -360,7 +369,9 @@ def k_grouped_gemm(
 
     Source: the K-grouped layout of DeepGEMM, but one padded concatenation of all groups.
     """
-    operands.check_k_grouped(*a_t, *b_t, group_ends, out, accumulate=accumulate)
+    operands.check_k_grouped(
+        *operands.parts(a_t, b_t, "_t"), group_ends, out, accumulate=accumulate
+    )
     operands.check_addresses(a_t, b_t, out, "_t")
     if out is None:
         shape = (group_ends.shape[0], a_t.data.shape[0], b_t.data.shape[0])

@@ -168,6 +168,6 @@ def m_grouped_gemm_swiglu(
     Raises: ValueError naming the argument, what was expected and what came. Bad ``group_ends`` are
         found on the device and raised by a later operator or ``fp8moe.check_errors``.
     """
-    _check(*a, *b, group_ends, topk_weights, slot_of_row)
+    _check(*operands.parts(a, b), group_ends, topk_weights, slot_of_row)
     operands.check_addresses(a, b)
     return _m_grouped_gemm_swiglu(*a, *b, group_ends, topk_weights, slot_of_row, pow2)

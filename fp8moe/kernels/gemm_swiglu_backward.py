@@ -199,6 +199,6 @@ def m_grouped_gemm_swiglu_backward(
     Raises: ValueError naming the argument, what was expected and what came. Bad ``group_ends`` are
         found on the device and raised by a later operator or ``fp8moe.check_errors``.
     """
-    _check(*a, *b, group_ends, *h, topk_weights, slot_of_row)
+    _check(*operands.parts(a, b), group_ends, *h, topk_weights, slot_of_row)
     operands.check_addresses(a, b)
     return _m_grouped_gemm_swiglu_backward(*a, *b, group_ends, *h, topk_weights, slot_of_row, pow2)

@@ -32,15 +32,27 @@ def once_per_layout(check: Callable[..., None]) -> Callable[..., None]:
             return check(*tensors, **others)
         key = (
             *[t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors],
-            *others.values(),
+            *others.items(),
         )
-        if key not in passed:
+        try:
+            known = key in passed
+        except TypeError:  # a tracer's symbols have no hash
+            return check(*tensors, **others)
+        if not known:
             check(*tensors, **others)
             if len(passed) >= _MAX_LAYOUTS:
                 passed.clear()
             passed.add(key)
 
     return once
+
+
+def parts(a: FP8Tensor, b: FP8Tensor, suffix: str = "") -> tuple[torch.Tensor, ...]:
+    """Data and scale of both. Raises: ValueError for what is not an FP8Tensor."""
+    for name, t in (("a", a), ("b", b)):
+        if not isinstance(t, FP8Tensor):
+            raise ValueError(f"{name}{suffix}: expected an FP8Tensor, got {type(t).__name__}")
+    return (*a, *b)
 
 
 def check_addresses(
@@ -75,7 +87,7 @@ def check_data(name: str, t: torch.Tensor, dims: int) -> None:
         )
 
 
-def check_scale(name: str, t: FP8Tensor, shape: tuple[int, ...]) -> None:
+def check_scale_shape(name: str, t: FP8Tensor, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless t.scale is float32 of this shape beside its data."""
     if t.scale.dtype != torch.float32:
         raise ValueError(f"{name}.scale: expected dtype torch.float32, got {t.scale.dtype}")
@@ -91,7 +103,7 @@ def check_scale(name: str, t: FP8Tensor, shape: tuple[int, ...]) -> None:
 def check_row_scale(name: str, t: FP8Tensor) -> None:
     """Raise ValueError unless t has 1 x 128 scales, MN-major: rows are neighbours in memory."""
     shape = (*t.data.shape[:-1], ceil_div(t.data.shape[-1], BLOCK))
-    check_scale(name, t, shape)
+    check_scale_shape(name, t, shape)
     rows = t.data.numel() // max(1, t.data.shape[-1])
     stride, size = t.scale.stride(), t.scale.shape
     ok = size[-2] <= 1 or stride[-2] == 1
@@ -108,7 +120,7 @@ def check_row_scale(name: str, t: FP8Tensor) -> None:
 def check_block_scale(name: str, t: FP8Tensor) -> None:
     """Raise ValueError unless t has contiguous 128 x 128 scales."""
     *groups, n, k = t.data.shape
-    check_scale(name, t, (*groups, ceil_div(n, BLOCK), ceil_div(k, BLOCK)))
+    check_scale_shape(name, t, (*groups, ceil_div(n, BLOCK), ceil_div(k, BLOCK)))
     if not t.scale.is_contiguous():
         raise ValueError(f"{name}.scale: expected a contiguous tensor, got {t.scale.stride()}")
 

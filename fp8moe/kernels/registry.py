@@ -152,12 +152,18 @@ def define_op(
     return call
 
 
+@functools.cache
+def _plain(kinds: tuple[type, ...]) -> bool:
+    """Whether arguments of these types hold no tensor that overloads operators; a tensor first."""
+    torchs = (torch.Tensor, torch.nn.Parameter)
+    return kinds[0] in torchs and all(k in torchs or not issubclass(k, torch.Tensor) for k in kinds)
+
+
 def _observed(args: tuple[Any, ...]) -> bool:
-    """Whether a call must go through torch's dispatcher; the first argument is a tensor."""
-    first = args[0]
+    """Whether a call must go through torch's dispatcher."""
     return (
-        type(first) is not torch.Tensor
-        or not first.is_cuda
+        not _plain(tuple(map(type, args)))
+        or not args[0].is_cuda
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd._profiler_enabled()
         or (torch.is_grad_enabled() and any([getattr(a, "requires_grad", False) for a in args]))

@@ -46,10 +46,10 @@ def _gate(experts: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
 
 
 def _is_default(experts: nn.Module) -> bool:
-    """Whether a class of transformers gates as most do: activation(gate) * up."""
-    # Of the class: in a model compiled by torch 2.11 a bound method has another __name__.
-    kind: Any = type(experts)
-    return kind._apply_gate.__name__ == "_default_apply_gate"
+    """Whether a module of transformers gates as most do: activation(gate) * up."""
+    # Not the __name__: in a model compiled by torch 2.11 a bound method has another one.
+    code = getattr(getattr(experts, "_apply_gate", None), "__code__", None)
+    return code is not None and code.co_name == "_default_apply_gate"
 
 
 def unsupported(experts: nn.Module, *, swiglu: bool = True) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ from tiny_models import (
 import fp8moe
 from fp8moe import testing
 from fp8moe.config import FP8Config
+from fp8moe.modules import stacked
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -173,6 +175,25 @@ def test_a_gate_of_the_class_itself(device, monkeypatch):
     assert not failures(run(model, BF16, ids), expected, gates=(35.0, 38.0, 33.0))
     assert not failures(run(model, "fp8moe", ids), expected)
     assert "logits" in failures(swiglu, expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_which_gate_a_module_has_is_seen_at_the_module(compiled):
+    """The class's default, a gate of one module alone, a module that only passes attributes on."""
+
+    def twice(self, gate_up):
+        return 2 * gate_up.chunk(2, dim=-1)[0]
+
+    default, own = (build().model.layers[0].mlp.experts for _ in range(2))
+    own._apply_gate = types.MethodType(twice, own)
+    assert stacked._gate(torch.compile(default)) is None
+
+    def is_swiglu(experts, x):
+        return x + (1 if stacked._gate(experts) is None else 0)
+
+    seen = torch.compile(is_swiglu, fullgraph=True, backend="eager") if compiled else is_swiglu
+    assert seen(default, torch.zeros(1)) == 1 and seen(own, torch.zeros(1)) == 0
+    assert stacked.unsupported(default) is None and "of its own" in stacked.unsupported(own)
 
 
 def test_other_gates_compile_and_checkpoint():

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from fp8moe import warmup
-from fp8moe.kernels import jit
+from fp8moe.kernels import gemm, jit
+from fp8moe.kernels.heuristics import Grouping, Output, Tile
 
 SPECS = warmup.all_specs()
 
@@ -67,12 +68,42 @@ def disassembly(cubin: bytes) -> str:
         ).stdout
 
 
+def operations(cubin: bytes, entry: str) -> list[str]:
+    """The instructions of one kernel in order: ["UTMALDG.2D", "LDG.E", ...]."""
+    section = disassembly(cubin).split(f".section\t.text.{entry},")[1].split("\n\t.section\t")[0]
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", section)
+    assert len(found) > 5, f"no instructions found in the disassembly of {entry}"
+    return found
+
+
 def opcodes(cubin: bytes, entry: str) -> set[str]:
     """The opcodes (without modifiers) of one kernel: {"QGMMA", "UTMALDG", "LDG", ...}."""
-    section = disassembly(cubin).split(f".section\t.text.{entry},")[1].split("\n\t.section\t")[0]
-    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", section)
-    assert len(found) > 5, f"no instructions found in the disassembly of {entry}"
-    return set(found)
+    return {name.split(".")[0] for name in operations(cubin, entry)}
+
+
+def gpu_wide_barriers(used: list[str]) -> list[str]:
+    """Memory barriers of the whole GPU, which cost a third of the speed if every stage has one,
+    anywhere but where a cluster starts and ends."""
+    found = []
+    # Each fence of a report to the host (MEMBAR.SC.SYS) invalidates as well.
+    ends, reports = used.count("UCGABAR_WAIT"), used.count("MEMBAR.SC.SYS")
+    for name, allowed in (("MEMBAR.ALL.GPU", ends), ("CCTL.IVALL", ends + reports)):
+        if used.count(name) > allowed:
+            found.append(f"has {used.count(name)} {name}, expected at most {allowed}")
+    return found
+
+
+def delayed_wgmma(spec: jit.KernelSpec, used: list[str]) -> list[str]:
+    """What a small tile has between the wgmma of a k-block: moves to uniform registers, scales."""
+    tile = dict(spec.constants)
+    if int(tile.get("BLOCK_M", 256)) * int(tile.get("BLOCK_N", 256)) > 128 * 128:
+        return []
+    wgmma = [i for i, name in enumerate(used) if name.startswith("QGMMA")]
+    if len(wgmma) != 4:  # 32 of a k-block's 128 each, and no half
+        return [f"has {len(wgmma)} wgmma, expected 4"]
+    between = used[wgmma[0] : wgmma[-1]]
+    late = sorted({name for name in between if name.split(".")[0] in ("R2UR", "LDS", "FMUL")})
+    return [f"has {', '.join(late)} between two wgmma"] if late else []
 
 
 def problems(spec: jit.KernelSpec, compiled: jit.Compiled, tensor_cores: bool) -> list[str]:
@@ -91,6 +122,8 @@ def problems(spec: jit.KernelSpec, compiled: jit.Compiled, tensor_cores: bool) -
         absent = {"QGMMA", "UTMALDG", "USETMAXREG", "SYNCS"} - names
         if absent:
             found.append(f"lacks {', '.join(sorted(absent))}")
+        used_in_order = operations(compiled.cubin, spec.entry)
+        found += gpu_wide_barriers(used_in_order) + delayed_wgmma(spec, used_in_order)
         # setmaxnreg moves registers between the roles only if each starts with an even share.
         threads = 512 if dict(spec.constants).get("BLOCK_M") == 192 else 384
         share = 65536 // threads // 8 * 8
@@ -142,6 +175,31 @@ def make_spec(folder: Path, source: str, entry: str) -> jit.KernelSpec:
     path = folder / f"{entry}.cuh"
     path.write_text(source)
     return jit.KernelSpec(str(path), entry)
+
+
+@pytest.mark.parametrize(
+    ("tile", "right", "wrong", "message"),
+    [
+        (Tile(64, 64), "SMALL_TILE = ", "SMALL_TILE = false && ", "R2UR between two wgmma"),
+        (Tile(64, 128, 2), "__reduce_max_sync(~0u, x)", "x", "has R2UR between two wgmma"),
+        (
+            Tile(64, 64),
+            "SMALL_TILE) scales",
+            "SMALL_TILE != 1) scales",
+            "has LDS between two wgmma",
+        ),
+        (Tile(64, 64, 4), "try_wait.parity", "try_wait.parity.acquire.cluster", "CCTL.IVALL"),
+    ],
+    ids=["compiler's choice", "no redux", "early scales", "acquire"],
+)
+def test_what_delays_a_wgmma_is_seen(tile: Tile, right: str, wrong: str, message: str) -> None:
+    spec = gemm.spec(Grouping.DENSE, Output.BF16, tile, 1)
+    source = jit.render(spec)
+    assert right in source
+    cubin, log = jit._nvrtc(source.replace(right, wrong), spec.source, jit.OPTIONS)
+    assert cubin is not None, log
+    found = problems(spec, jit.Compiled(cubin, log), tensor_cores=True)
+    assert any(message in problem for problem in found), found
 
 
 @pytest.fixture

@@ -398,37 +398,48 @@ def test_spared_sms_are_not_planned_with(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_launch_is_prepared_once_for_all_that_it_depends_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Another problem, tile, number of spared SMs or tensor is another launch."""
-    prepared: list[Problem] = []
-    started: list[int] = []
+    """Once its addresses come again; another problem, tile, number of SMs, tensor or GPU is another
+    launch."""
+    done: list[str] = []
 
     class Kernel:
-        def start(self, number: int) -> None:
-            started.append(number)
+        def __call__(self, *_: object, smem: int) -> None:
+            done.append("packed")
 
-    def prepare(p: Problem, *_: object) -> tuple[Kernel, int]:
-        prepared.append(p)
-        return Kernel(), len(prepared)
+        def prepare(self, *_: object, smem: int) -> str:
+            done.append("prepared")
+            return f"start {done.count('prepared')}"
+
+        def start(self, prepared: str) -> None:
+            done.append(prepared)
 
     monkeypatch.setattr(gemm, "_prepared", {})
-    monkeypatch.setattr(gemm, "_prepare", prepare)
+    monkeypatch.setattr(gemm, "_shape", lambda *_: (Kernel(), 1, 1, 1))
+    monkeypatch.setattr(gemm, "_arguments", lambda *_: [])
+    monkeypatch.setattr(gemm, "num_sms", lambda index: 132)
     problem = Problem(Grouping.M_GROUPED, Output.BF16, 256, 256, 256)
     operands = [torch.zeros(256, 256) for _ in range(6)]
     tile = heuristics.Tile(64, 64)
 
-    def launch(p: Problem = problem, config: object = None, **others: torch.Tensor) -> int:
+    def launch(p: Problem = problem, config: object = None, **others: torch.Tensor) -> list[str]:
+        done.clear()
         given = [others.get(f"t{i}", t) for i, t in enumerate(operands)]
         gemm._launch(p, *given, config)
-        return started[-1]
+        return done[:]
 
-    assert [launch(), launch()] == [1, 1]
-    assert launch(problem._replace(n=128)) == 2
-    assert launch(problem, (tile, 1)) == 3 and launch(problem, (tile, 2)) == 4
+    assert launch() == ["packed"]
+    assert launch() == ["prepared", "start 1"] and launch() == ["start 1"]
+    assert launch(problem._replace(n=128)) == ["packed"]
+    assert launch(problem, (tile, 1)) == ["packed"] and launch(problem, (tile, 2)) == ["packed"]
     with gemm.sparing_sms(16):
-        assert launch() == 5
+        assert launch() == ["packed"]
     for i in range(6):
-        assert launch(**{f"t{i}": torch.zeros(256, 256)}) == 6 + i
-    assert launch(t1=operands[1].t()) == 12  # scales that lie in another way
-    assert launch() == 1
-    monkeypatch.setattr(gemm, "_MAX_PREPARED", 12)
-    assert launch(problem._replace(n=64)) == 13 and launch() == 14  # they do not pile up
+        assert launch(**{f"t{i}": torch.zeros(256, 256)}) == ["packed"]
+    assert launch(t1=operands[1].t()) == ["packed"]  # scales that lie in another way
+    with monkeypatch.context() as other_gpu:
+        other_gpu.setattr(torch.Tensor, "get_device", lambda t: 1)
+        assert launch() == ["packed"]
+    assert launch() == ["start 1"]
+    monkeypatch.setattr(gemm, "_MAX_PREPARED", len(gemm._prepared))
+    assert launch(problem._replace(n=64)) == ["packed"]  # which made room
+    assert launch() == ["packed"]

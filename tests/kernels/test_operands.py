@@ -100,3 +100,28 @@ def test_an_address_is_looked_at_each_time(moved: str) -> None:
     name = moved if moved == "out" else f"{moved}.data"
     with pytest.raises(ValueError, match=f"{name}: expected a 16-byte aligned address, got 0x"):
         kernels.gemm_nt(a, b, out=out)
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_plain_tensor_is_refused_by_name(name: str) -> None:
+    given = dict(
+        a=quant.per_token(torch.randn(8, 256), pow2=True),
+        b=quant.per_block(torch.randn(16, 256), pow2=True),
+    )
+    with pytest.raises(ValueError, match=f"{name}: expected an FP8Tensor, got Tensor"):
+        kernels.gemm_nt(**{**given, name: given[name].data})
+    with pytest.raises(ValueError, match="b_t: expected an FP8Tensor, got tuple"):
+        kernels.k_grouped_gemm(given["a"], (1, 2), torch.zeros(1, dtype=torch.int32))
+
+
+def test_symbolic_sizes_are_looked_at(checked: tuple[Any, list[tuple[int, ...]]]) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    check, seen = checked
+
+    def traced(x: torch.Tensor) -> torch.Tensor:
+        check(x, None)
+        return x + 1
+
+    make_fx(traced, tracing_mode="symbolic")(torch.empty(4, 2))
+    assert len(seen) == 1

@@ -154,12 +154,23 @@ def test_what_watches_a_call() -> None:
     assert not registry._observed((x, None, 3))
     assert registry._observed((x, weight)) and registry._observed((x.cpu(),))
     with torch.no_grad():
-        assert not registry._observed((x, weight))
-        assert registry._observed((weight,))  # a subclass may overload the operator
+        assert not registry._observed((x, weight)) and not registry._observed((weight, 3))
     with Nothing():
         assert registry._observed((x,))
     with torch.profiler.profile():
         assert registry._observed((x,))
+
+
+def test_a_tensor_that_overloads_operators_is_noticed_wherever_it_is() -> None:
+    class Wrapped(torch.Tensor):
+        pass
+
+    x = torch.ones(2)
+    weight, wrapped = torch.nn.Parameter(x), x.as_subclass(Wrapped)
+    for plain in ((x, 3, None), (weight, x), (x, weight, 2.0)):
+        assert registry._plain(tuple(map(type, plain)))
+    for other in ((wrapped, x), (x, wrapped), (x, None, wrapped), (None, x)):
+        assert not registry._plain(tuple(map(type, other)))
 
 
 def test_compiles_into_one_graph_and_sees_strides(ops: dict[str, Any]) -> None:

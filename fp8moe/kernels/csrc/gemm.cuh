@@ -45,7 +45,8 @@ constexpr int HALVES = GROUP_N / WGMMA_N;
 
 // The k-blocks of a small tile are so short that each instruction which delays a wgmma shows, and its sums leave registers
 // free. So the scales are loaded last there, where the compiler cannot put them between two wgmma, and descriptors are made
-// such that it keeps them in uniform registers, where wgmma takes them. Both made larger tiles spill or slower.
+// such that it keeps them in uniform registers, where wgmma takes them: computed from the stage, which is enough for most
+// tiles, and passed through `uniform`, which 64 x 128 and split tiles need. Both make larger tiles spill or run slower.
 constexpr bool SMALL_TILE = BLOCK_M * BLOCK_N <= 128 * 128;
 
 constexpr int A_BYTES = BLOCK_M * BLOCK_K;

@@ -97,14 +97,12 @@ ASYNCHRONOUS = {
     "mbarrier.init": "emulator::barrier_init(bar, count)",
     "mbarrier.arrive.expect_tx": "emulator::barrier_update(bar, 1, bytes)",
     "mbarrier.arrive.shared::cta": "emulator::barrier_update(bar, 1, 0)",
-    "mbarrier.arrive.shared::cluster": "emulator::barrier_arrive_cluster(bar)",
     "mbarrier.try_wait": "emulator::barrier_wait(bar, parity)",
     "cp.async.mbarrier.arrive.noinc": "emulator::barrier_update(bar, 1, 0)",
     "cp.async.ca.shared.global [%0], [%1], 4, %2": (
         "emulator::copy_async<unsigned>(dst, src, valid ? 4 : 0)"
     ),
     "barrier.sync.aligned": "emulator::meet(emulator::here->named[id], COUNT)",
-    "multicast::cluster": "emulator::tma_load_multicast(dst, map, x, y, bar, mask)",
     "cp.async.bulk.tensor.2d.shared": "emulator::tma_load(dst, map, x, y, bar)",
     "cp.async.bulk.tensor.4d.shared": "emulator::tma_load(dst, map, x, group, bar)",
     "cp.async.bulk.tensor.5d.shared": "emulator::tma_load(dst, map, x, group, bar)",

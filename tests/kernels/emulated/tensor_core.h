@@ -16,8 +16,8 @@ inline void start_cluster() { barriers.clear(); }
 
 inline void barrier_init(unsigned address, int count) { barriers[{here, address}] = {count, count, 0, 0}; }
 
-inline void barrier_update(Block& block, unsigned address, int arrivals, int bytes) {
-  auto found = barriers.find({&block, address});
+inline void barrier_update(unsigned address, int arrivals, int bytes) {
+  auto found = barriers.find({here, address});
   if (found == barriers.end()) fail("no barrier here", nullptr, address);
   Barrier& b = found->second;
   ++progress;
@@ -25,14 +25,6 @@ inline void barrier_update(Block& block, unsigned address, int arrivals, int byt
   b.bytes += bytes;
   if (b.pending < 0) fail("too many arrivals", nullptr, address);
   if (b.pending == 0 && b.bytes == 0) b.pending = b.count, b.phase ^= 1;
-}
-
-inline void barrier_update(unsigned address, int arrivals, int bytes) {
-  barrier_update(*here, address, arrivals, bytes);
-}
-inline void barrier_arrive_cluster(unsigned address) {
-  Block& block = block_of(address);
-  barrier_update(block, address, 1, 0);
 }
 
 inline void barrier_wait(unsigned address, unsigned parity) {
@@ -48,7 +40,7 @@ struct FakeMap {
 };
 
 // Calls move(shared, global or null, bytes) for each 16 bytes of the box at (x, y), y a group of rows.
-template <class Move> void walk_box(const Block& block, const void* map, unsigned shared, int x, int y, Move move) {
+template <class Move> void walk_box(const void* map, unsigned shared, int x, int y, Move move) {
   FakeMap m;
   memcpy(&m, map, sizeof m);
   if (m.swizzle != 128 || m.box_columns * m.element != 128 || shared % 1024)
@@ -59,7 +51,7 @@ template <class Move> void walk_box(const Block& block, const void* map, unsigne
     int64_t row = (y + r / group) * (int64_t)group;
     for (int i = 0, rest = r % group; i < 3; rest /= m.axes[i++].extent) row += rest % m.axes[i].extent * m.axes[i].stride;
     for (int chunk = 0; chunk < 8; ++chunk) {
-      char* at = (char*)block.shared + shared + r * 128 + ((chunk ^ (r % 8)) << 4);
+      char* at = (char*)here->shared + shared + r * 128 + ((chunk ^ (r % 8)) << 4);
       int64_t column = x * m.element + chunk * 16, left = m.columns * m.element - column;
       bool inside = row >= 0 && row < m.rows && left > 0;
       char* global = inside ? (char*)m.pointer + row * m.row_bytes + column : nullptr;
@@ -68,35 +60,24 @@ template <class Move> void walk_box(const Block& block, const void* map, unsigne
   }
 }
 
-inline void tma_load(Block& block, unsigned shared, const void* map, int x, int y, unsigned barrier) {
+inline void tma_load(unsigned shared, const void* map, int x, int y, unsigned barrier) {
   int bytes = 0;
-  walk_box(block, map, shared, x, y, [&](char* at, const char* global, int size) {
+  walk_box(map, shared, x, y, [&](char* at, const char* global, int size) {
     memset(at, 0, 16);
     if (global) memcpy(at, global, size);
     bytes += 16;
   });
-  barrier_update(block, barrier, 0, -bytes);
-}
-inline void tma_load(unsigned shared, const void* map, int x, int y, unsigned barrier) {
-  tma_load(*here, shared, map, x, y, barrier);
-}
-inline void tma_load_multicast(unsigned shared, const void* map, int x, int y, unsigned barrier, unsigned mask) {
-  for (int rank = 0; mask >> rank; ++rank) {
-    if ((mask >> rank & 1) == 0) continue;
-    unsigned there = cluster_address(shared, rank);
-    Block& block = block_of(there);
-    tma_load(block, there, map, x, y, barrier);
-  }
+  barrier_update(barrier, 0, -bytes);
 }
 
 inline void tma_store(const void* map, unsigned shared, int x, int y) {
-  walk_box(*here, map, shared, x, y, [&](const char* at, char* global, int size) {
+  walk_box(map, shared, x, y, [&](const char* at, char* global, int size) {
     if (global) memcpy(global, at, size);
   });
 }
 
 inline void tma_add(const void* map, unsigned shared, int x, int y) {
-  walk_box(*here, map, shared, x, y, [&](const char* at, char* global, int size) {
+  walk_box(map, shared, x, y, [&](const char* at, char* global, int size) {
     for (int i = 0; global && i < size / 4; ++i) ((float*)global)[i] += ((const float*)at)[i];
   });
 }
