@@ -8,7 +8,7 @@ All compute ``D[m, n] = sum_k A[m, k] B[n, k]`` with FP32 accumulation. A carrie
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -80,13 +80,14 @@ def block_stride(scale: torch.Tensor) -> int:
 
 
 def operand_map(
-    address: int, rows: int, k: int, box_rows: int, row_order: tuple[tuple[int, int], ...] = ()
+    t: torch.Tensor, box_rows: int, row_order: tuple[tuple[int, int], ...] = ()
 ) -> tma.TensorMap:
-    """Blocks of box_rows x 128 of an FP8 operand (rows, k), all its groups as one matrix."""
+    """Blocks of box_rows x 128 of an FP8 operand, all its groups as one matrix."""
+    k = t.shape[-1]
     return tma.tensor_map(
-        address,
+        t.data_ptr(),
         dtype="u8",
-        rows=rows,
+        rows=t.numel() // k,
         cols=k,
         row_stride_bytes=k,
         box_rows=box_rows,
@@ -99,7 +100,7 @@ def operand_map(
 # Launches by all that they depend on: in a training loop addresses come again, and to describe and
 # pack the operands anew takes the host longer than the launch. None: seen once, and perhaps never
 # again.
-_prepared: dict[tuple[Any, ...], tuple[launch.Kernel, launch.Prepared] | None] = {}
+_prepared: dict[tuple[Any, ...], Callable[[], None] | None] = {}
 _MAX_PREPARED = 4096
 
 
@@ -130,45 +131,13 @@ def _launch(
         0 if groups is None else groups.data_ptr(),
         a_scale.stride(-1),
     )
-    ready = _prepared.get(key)
-    if ready is not None:
-        kernel, prepared = ready
-        kernel.start(prepared)
-        return
+    prepared = _prepared.get(key)
+    if prepared is not None:
+        return prepared()
+
     tile, band = config or heuristics.choose(p, sms)
     kernel, grid, threads, smem = _shape(p, tile, sms)
-    args = _arguments(p, tile, band, a, a_scale, b, b_scale, groups, out)
-    if key in _prepared:
-        prepared = kernel.prepare(grid, threads, args, smem=smem)
-        _prepared[key] = kernel, prepared
-        kernel.start(prepared)
-        return
-    if len(_prepared) >= _MAX_PREPARED:
-        _prepared.clear()
-    _prepared[key] = None
-    kernel(grid, threads, args, smem=smem)
-
-
-@lru_cache(maxsize=4096)
-def _shape(p: Problem, tile: Tile, sms: int) -> tuple[launch.Kernel, int, int, int]:
-    """The kernel of a problem, its grid, threads of a CTA and bytes of shared memory."""
-    kernel = jit.load(spec(p.grouping, p.output, tile, p.groups))
-    threads = 128 * (tile.consumers + 1)
-    return kernel, heuristics.grid(p, tile, sms), threads, tile.shared_memory(p.groups)
-
-
-def _arguments(
-    p: Problem,
-    tile: Tile,
-    band: int,
-    a: torch.Tensor,
-    a_scale: torch.Tensor,
-    b: torch.Tensor,
-    b_scale: torch.Tensor,
-    groups: torch.Tensor | None,
-    out: torch.Tensor,
-) -> list[Any]:
-    map_a = operand_map(a.data_ptr(), p.rows_a, p.k, tile.block_m)
+    map_a = operand_map(a, tile.block_m)
     # The epilogue's TMA stores; without them the kernel does not look at it.
     map_d = (
         tma.tensor_map(
@@ -184,9 +153,9 @@ def _arguments(
         if tile.async_store
         else map_a
     )
-    return [
+    args = [
         map_a,
-        operand_map(b.data_ptr(), p.rows_b, p.k, tile.block_n),
+        operand_map(b, tile.block_n),
         map_d,
         a_scale,
         b_scale,
@@ -202,6 +171,21 @@ def _arguments(
         block_stride(a_scale),
         b_scale.shape[-1],
     ]
+    if key in _prepared:
+        prepared = _prepared[key] = kernel.prepare(grid, threads, args, smem=smem)
+        return prepared()
+    if len(_prepared) >= _MAX_PREPARED:
+        _prepared.clear()
+    _prepared[key] = None
+    kernel(grid, threads, args, smem=smem)
+
+
+@lru_cache(maxsize=4096)
+def _shape(p: Problem, tile: Tile, sms: int) -> tuple[launch.Kernel, int, int, int]:
+    """The kernel of a problem, its grid, threads of a CTA and bytes of shared memory."""
+    kernel = jit.load(spec(p.grouping, p.output, tile, p.groups))
+    threads = 128 * (tile.consumers + 1)
+    return kernel, heuristics.grid(p, tile, sms), threads, tile.shared_memory(p.groups)
 
 
 def _gemm_nt_cuda(a, a_scale, b, b_scale, out) -> None:

@@ -73,7 +73,7 @@ def _launch(
     act, act_scale, h, h_scale = out
     sms = gemm.num_sms(a.get_device())
     band, grid = heuristics.m_grouped_walk(TILE, m, n, k, groups, sms)
-    map_a = gemm.operand_map(a.data_ptr(), m, k, TILE.block_m)
+    map_a = gemm.operand_map(a, TILE.block_m)
     # struct Destination of csrc/epilogue_swiglu.cuh.
     destination = struct.pack(
         "@PPPPPPi4x",
@@ -90,7 +90,7 @@ def _launch(
         128 * (TILE.consumers + 1),
         [
             map_a,
-            gemm.operand_map(b.data_ptr(), groups * n, k, TILE.block_n // 2),
+            gemm.operand_map(b, TILE.block_n // 2),
             map_a,  # of a BF16 output; the kernel does not look at it
             a_scale,
             b_scale,

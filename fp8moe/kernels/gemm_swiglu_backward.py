@@ -98,7 +98,7 @@ def _launch(
     dh, dh_scale, dh_t, dh_t_scale, aw_t, aw_t_scale, dprob_partial = out
     sms = gemm.num_sms(a.get_device())
     band, grid = heuristics.m_grouped_walk(TILE, m, n, k, groups, sms)
-    map_a = gemm.operand_map(a.data_ptr(), m, k, TILE.block_m, _ORDER_A)
+    map_a = gemm.operand_map(a, TILE.block_m, _ORDER_A)
     # struct Destination of csrc/epilogue_swiglu_backward.cuh.
     destination = struct.pack(
         "@11P3i4x",
@@ -122,7 +122,7 @@ def _launch(
         128 * (TILE.consumers + 1),
         [
             map_a,
-            gemm.operand_map(b.data_ptr(), groups * n, k, TILE.block_n, _ORDER_B),
+            gemm.operand_map(b, TILE.block_n, _ORDER_B),
             map_a,  # of a BF16 output; the kernel does not look at it
             a_scale,
             b_scale,

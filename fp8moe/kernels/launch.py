@@ -12,7 +12,7 @@ import functools
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -174,16 +174,6 @@ def _dim3(dim: Dim) -> tuple[int, int, int]:
     return x, y, z
 
 
-class Prepared(NamedTuple):
-    """A launch whose arguments lie ready in memory of its own, which nothing changes any more."""
-
-    grid: int
-    block: int
-    smem: int
-    frame: ArgumentFrame
-    device: int
-
-
 class Kernel:
     """A loaded kernel: ``kernel(grid, block, args, smem=bytes)``."""
 
@@ -278,15 +268,14 @@ class Kernel:
             return
         self._start(grid, block, smem, *self._pack(args))
 
-    def prepare(self, grid: int, block: int, args: Sequence[Any], *, smem: int = 0) -> Prepared:
-        """What `start` needs to launch with these arguments again and again, see `__call__`."""
+    def prepare(
+        self, grid: int, block: int, args: Sequence[Any], *, smem: int = 0
+    ) -> Callable[[], None]:
+        """`__call__` with these arguments, in memory of its own that nothing changes any more: each
+        call of the result launches on the current stream of then."""
         frame, values, device = self._frame(args)
         frame.fill(values)
-        return Prepared(grid, block, smem, frame, device)
-
-    def start(self, prepared: Prepared) -> None:
-        """Launch on the current stream of the tensors' device. Raises: DriverError."""
-        self._start(*prepared)
+        return functools.partial(self._start, grid, block, smem, frame, device)
 
     def _start(self, grid: Dim, block: Dim, smem: int, frame: ArgumentFrame, device: int) -> None:
         if device < 0:

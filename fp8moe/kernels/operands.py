@@ -35,14 +35,14 @@ def once_per_layout(check: Callable[..., None]) -> Callable[..., None]:
             *others.items(),
         )
         try:
-            known = key in passed
+            if key in passed:
+                return
         except TypeError:  # a tracer's symbols have no hash
             return check(*tensors, **others)
-        if not known:
-            check(*tensors, **others)
-            if len(passed) >= _MAX_LAYOUTS:
-                passed.clear()
-            passed.add(key)
+        check(*tensors, **others)
+        if len(passed) >= _MAX_LAYOUTS:
+            passed.clear()
+        passed.add(key)
 
     return once
 

@@ -26,7 +26,6 @@ _LIBRARY = torch.library.Library("fp8moe", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
-@functools.cache
 def _gpu(index: int) -> tuple[str, tuple[int, int]]:
     return torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
 
@@ -70,12 +69,11 @@ def _backend(device: torch.device) -> Backend:
                 f"FP8MOE_BACKEND=cuda: expected tensors on a Hopper GPU, got device {device}"
             )
         return "reference"
-    index = device.index
-    name, capability = _gpu(index)
+    name, capability = _gpu(device.index)
     if capability != HOPPER:
         raise RuntimeError(
             f"fp8moe kernels: expected a Hopper GPU (compute capability 9.0: H100, H200, H20), "
-            f"got cuda:{index} {name} (compute capability {capability[0]}.{capability[1]}). "
+            f"got {device} {name} (compute capability {capability[0]}.{capability[1]}). "
             f"Use a Hopper GPU, or set FP8MOE_BACKEND=reference to run the slow PyTorch "
             f"reference on this one."
         )

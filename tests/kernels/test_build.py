@@ -76,11 +76,6 @@ def operations(cubin: bytes, entry: str) -> list[str]:
     return found
 
 
-def opcodes(cubin: bytes, entry: str) -> set[str]:
-    """The opcodes (without modifiers) of one kernel: {"QGMMA", "UTMALDG", "LDG", ...}."""
-    return {name.split(".")[0] for name in operations(cubin, entry)}
-
-
 def gpu_wide_barriers(used: list[str]) -> list[str]:
     """Memory barriers of the whole GPU, which cost a third of the speed if every stage has one,
     anywhere but where a cluster starts and ends."""
@@ -114,7 +109,8 @@ def problems(spec: jit.KernelSpec, compiled: jit.Compiled, tensor_cores: bool) -
         found.append(f"spills {used.spill_store_bytes + used.spill_load_bytes} bytes")
     if used.stack_bytes:
         found.append(f"has {used.stack_bytes} bytes of stack")
-    names = opcodes(compiled.cubin, spec.entry)
+    executed = operations(compiled.cubin, spec.entry)
+    names = {name.split(".")[0] for name in executed}
     local = names & {"LDL", "STL"}
     if local:
         found.append(f"uses local memory: {', '.join(sorted(local))}")
@@ -122,8 +118,7 @@ def problems(spec: jit.KernelSpec, compiled: jit.Compiled, tensor_cores: bool) -
         absent = {"QGMMA", "UTMALDG", "USETMAXREG", "SYNCS"} - names
         if absent:
             found.append(f"lacks {', '.join(sorted(absent))}")
-        used_in_order = operations(compiled.cubin, spec.entry)
-        found += gpu_wide_barriers(used_in_order) + delayed_wgmma(spec, used_in_order)
+        found += gpu_wide_barriers(executed) + delayed_wgmma(spec, executed)
         # setmaxnreg moves registers between the roles only if each starts with an even share.
         threads = 512 if dict(spec.constants).get("BLOCK_M") == 192 else 384
         share = 65536 // threads // 8 * 8

@@ -1,5 +1,7 @@
 """The GEMM operators on CPU and GPU: FP64 oracle on the same FP8 inputs, worst-row error."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -177,18 +179,20 @@ def test_every_tile_of_the_grouped_gemm(tile):
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", heuristics.candidates(Grouping.DENSE), ids=str)
 @pytest.mark.parametrize("k", [1296, 400, 112])
-@pytest.mark.parametrize("m", [651, 3])
+@pytest.mark.parametrize("m", [651, 520, 3])
 def test_every_tile_of_the_dense_gemm(tile, m, k):
-    """Also parts of a split tile that are uneven or have nothing to contract."""
+    """Also parts of a split tile that are uneven or have nothing to contract, and a few CTAs that
+    walk over all tiles."""
     n = 776
     a, b = _operand(m, k, "cuda"), _weights(1, n, k, "cuda")
     b = FP8Tensor(b.data[0], b.scale[0])
     p = Problem(Grouping.DENSE, Output.BF16, m, n, k)
     exact = testing.oracle_gemm_nt(a, b)
     first = None
-    for _ in range(3):
+    for spared in (0, 0, gemm.num_sms(0) - 3):
         out = _poisoned((m, n), "cuda")
-        gemm._launch(p, a.data, a.scale, b.data, b.scale, None, out, (tile, 2))
+        with gemm.sparing_sms(spared):
+            gemm._launch(p, a.data, a.scale, b.data, b.scale, None, out, (tile, 2))
         assert testing.worst_row_error(out, exact) < GATE_BF16
         assert first is None or torch.equal(out, first)
         first = out
@@ -406,16 +410,15 @@ def test_a_launch_is_prepared_once_for_all_that_it_depends_on(
         def __call__(self, *_: object, smem: int) -> None:
             done.append("packed")
 
-        def prepare(self, *_: object, smem: int) -> str:
+        def prepare(self, *_: object, smem: int) -> Callable[[], None]:
             done.append("prepared")
-            return f"start {done.count('prepared')}"
-
-        def start(self, prepared: str) -> None:
-            done.append(prepared)
+            number = done.count("prepared")
+            return lambda: done.append(f"start {number}")
 
     monkeypatch.setattr(gemm, "_prepared", {})
     monkeypatch.setattr(gemm, "_shape", lambda *_: (Kernel(), 1, 1, 1))
-    monkeypatch.setattr(gemm, "_arguments", lambda *_: [])
+    monkeypatch.setattr(gemm.tma, "tensor_map", lambda *_, **__: None)
+    monkeypatch.setattr(gemm.status, "pointer", lambda device: None)
     monkeypatch.setattr(gemm, "num_sms", lambda index: 132)
     problem = Problem(Grouping.M_GROUPED, Output.BF16, 256, 256, 256)
     operands = [torch.zeros(256, 256) for _ in range(6)]

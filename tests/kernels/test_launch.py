@@ -189,9 +189,9 @@ def test_a_prepared_launch_keeps_its_arguments(pretended: PretendedDriver) -> No
     kernel = launch.Kernel(b"", "k")
     prepared = kernel.prepare(4, 32, [None, 1, 0.0], smem=1000)
     assert not pretended.launches
-    kernel.start(prepared)
+    prepared()
     kernel(4, 32, [None, 2, 0.0], smem=1000)
-    kernel.start(prepared)
+    prepared()
     assert [args[1] for _, args in pretended.launches] == [struct.pack("<i", v) for v in (1, 2, 1)]
     assert pretended.launches[0][0] is pretended.launches[2][0]
     with pytest.raises(TypeError, match="k: expected arguments of"):

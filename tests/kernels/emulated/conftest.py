@@ -7,7 +7,6 @@ code that launches them. See emulator.h for what it can and cannot show.
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import re
 import shutil
@@ -279,14 +278,6 @@ class EmulatedKernel:
         error = self._run(x, y, z, block, ctypes.c_void_p(frame.address))
         if error is not None:
             raise RuntimeError(f"{self.entry}: {error.decode()}")
-
-    def prepare(
-        self, grid: launch.Dim, block: int, args: Sequence[Any], *, smem: int
-    ) -> Callable[[], None]:
-        return functools.partial(self, grid, block, args, smem=smem)
-
-    def start(self, prepared: Callable[[], None]) -> None:
-        prepared()
 
 
 class Forgetful(dict):
