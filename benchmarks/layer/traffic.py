@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 KERNELS: dict[str, tuple[str, ...]] = {
     "route": ("route_count", "route_place"),
+    "cast_permute": ("cast_permute", "permute_scales"),
     "cast_permute_both": ("cast_permute_to_channel",),
     "permute_fp8_to_channel": ("permute_to_channel",),
     "m_grouped_gemm_nt": ("gemm",),
@@ -23,7 +24,6 @@ KERNELS: dict[str, tuple[str, ...]] = {
         name: (name,)
         for name in (
             "cast_per_token",
-            "cast_permute",
             "cast_permute_to_channel",
             "cast_per_block",
             "cast_per_block_both",

@@ -209,9 +209,9 @@ def backward_rows(
             da = torch.zeros((h.shape[0], h.shape[1] // 2), dtype=torch.bfloat16, device=h.device)
         grads = swiglu_backward_cast(h, h_scale, da, weights, slot_of_row, pow2)
         del da
-    *dh8, dh_data_t, dh_scale_t, a_data_t, a_scale_t, dprob = grads
+    dh, dh_t, a_t = FP8Tensor(*grads[:2]), FP8Tensor(*grads[2:4]), FP8Tensor(*grads[4:6])
+    dprob = grads[6]
     del h, h_scale, grads
-    dh = FP8Tensor(*dh8)
     if need_da:
         report("dh", dh, row_of_slot)
 
@@ -221,12 +221,13 @@ def backward_rows(
     if need_x:
         w13_t = held(*held_w[:2], pow2=pow2_w, transposed=True)
         dx = sum_rows(m_grouped_gemm_nt(dh, w13_t, ends), row_of_slot)
+    del dh
     if need_w2:
-        dw2 = fp8_wgrad(dy_t, FP8Tensor(a_data_t, a_scale_t), ends, ctx.w2, ctx.w2_dtype)
+        dw2 = fp8_wgrad(dy_t, a_t, ends, ctx.w2, ctx.w2_dtype)
         del dy_t
+    del a_t
     if need_w13:
         x_t = Tokens(x_data, x_scale).columns(slot_of_row, topk, pow2, block=True)
-        dh_t = FP8Tensor(dh_data_t, dh_scale_t)
         dw13 = fp8_wgrad(dh_t, x_t, ends, ctx.w13, ctx.w13_dtype)
     return dx, dp, dw13, dw2
 

@@ -1,7 +1,7 @@
 """Rows of high precision cast per token on their way to expert order: nothing is stored in between.
 
 Bit for bit `cast_per_token` followed by the permutation of its result. With BF16 input each is one
-kernel; other dtypes run the two steps.
+pass over the rows; other dtypes run the two steps.
 """
 
 from __future__ import annotations
@@ -24,10 +24,16 @@ from fp8moe.kernels.permute import Four, Pair
 THREADS = 256
 WARP_COLUMNS = 1024
 """What a warp of cast_permute takes of a token's row."""
+SCALES_BLOCKS = 8
+"""Scales of each of 128 rows that a CTA of permute_scales moves, four a thread."""
 
 
 def _rows_spec(pow2: bool) -> jit.KernelSpec:
     return jit.KernelSpec("cast_permute.cuh", "cast_permute", (("POW2", int(pow2)),))
+
+
+def _scales_spec() -> jit.KernelSpec:
+    return jit.KernelSpec("cast_permute.cuh", "permute_scales", (("POW2", 0),))
 
 
 def _channel_spec(pow2: bool, block: bool, with_rows: bool) -> jit.KernelSpec:
@@ -41,13 +47,18 @@ def _rows_kernel(pow2: bool) -> launch.Kernel:
 
 
 @functools.cache
+def _scales_kernel() -> launch.Kernel:
+    return jit.load(_scales_spec())
+
+
+@functools.cache
 def _channel_kernel(pow2: bool, block: bool, with_rows: bool) -> launch.Kernel:
     return jit.load(_channel_spec(pow2, block, with_rows))
 
 
 def kernel_specs() -> list[jit.KernelSpec]:
     """Every kernel configuration that this module can launch."""
-    specs = [_rows_spec(pow2) for pow2 in (False, True)]
+    specs = [*(_rows_spec(pow2) for pow2 in (False, True)), _scales_spec()]
     forms = permute.TO_CHANNEL_FORMS
     return specs + [_channel_spec(pow2, *form) for pow2 in (False, True) for form in forms]
 
@@ -77,21 +88,39 @@ def launch_rows(
         permute.launch_permute(x8, data, x_scale, scale, row_of_slot, slot_of_row)
         return
     check_aligned(x=x)
-    warps = THREADS // 32
+    topk, blocks = row_of_slot.shape[1], columns // BLOCK
+    mn_major = scale.stride(0) == 1
+    # Of tokens, each row 16-byte aligned.
+    written = scale.new_empty((tokens, ceil_div(blocks, 4) * 4)) if mn_major else scale
     _rows_kernel(pow2)(
-        (ceil_div(tokens, warps), ceil_div(columns, WARP_COLUMNS)),
+        ceil_div(tokens, THREADS // 32) * ceil_div(columns, WARP_COLUMNS),
         THREADS,
         (
             x,
             row_of_slot,
             tokens,
-            row_of_slot.shape[1],
+            topk,
             columns,
             data,
             permute.pitch(data),
-            *permute.steps(scale),
+            *permute.steps(written),
+            int(mn_major),
         ),
     )
+    if mn_major:
+        _scales_kernel()(
+            (slot_of_row.shape[0] // BLOCK, ceil_div(blocks, SCALES_BLOCKS)),
+            THREADS,
+            (
+                written,
+                written.stride(0),
+                slot_of_row,
+                *permute.divisor(max(1, topk)),
+                blocks,
+                scale,
+                scale.stride(1),
+            ),
+        )
 
 
 def _rows_fake(

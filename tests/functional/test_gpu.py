@@ -213,6 +213,25 @@ def test_memory_held_for_backward(make_layer, save):
     assert held < 1.05 * expected + (1 << 20), (held, expected)
 
 
+def test_memory_on_top_of_the_gradients(make_layer):
+    """The last weight gradient, when all others exist, finds only its operands still there."""
+    tokens, topk, experts, hidden, inner = 4096, 4, 32, 1024, 512
+    layer = make_layer(tokens, topk, experts, hidden, inner, weight_dtype=torch.bfloat16)
+    leaves = layer.leaves()
+    layer.forward(*leaves, FP8Config())  # the weight cache
+    y = layer.forward(*leaves, FP8Config())
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    grads = torch.autograd.grad(y, leaves, layer.dy)
+    torch.cuda.synchronize()
+    held = sum(g.untyped_storage().nbytes() for g in grads)
+    extra = torch.cuda.max_memory_allocated() - before - held
+    rows = tokens * topk + 127 * experts
+    columns_of_x, columns_of_dh = rows * hidden, rows * 2 * inner * (1 + 4 / 128)
+    assert extra < 1.05 * (columns_of_x + columns_of_dh) + (1 << 20), extra
+
+
 def test_on_a_side_stream(layer):
     expected = layer.run()
     stream = torch.cuda.Stream()
