@@ -54,30 +54,46 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--plot: expected the part 'kernels' on a GPU")
     try:
         args.shape = dict(parse_shape(text) for text in args.shape)
-    except ValueError as error:
+        args.peers = {name: peers.load(name) for name in args.peers}
+    except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     return args
+
+
+def able(layers: dict[str, Layer], shape: Shape, device: torch.device) -> dict[str, Layer]:
+    """Those that can run a step of this shape; why the others cannot goes to stderr."""
+    inputs = make_inputs(shape, device)
+    found = {}
+    for name, layer in layers.items():
+        try:
+            step(layer, inputs)()
+            found[name] = layer
+        except Exception:  # a foreign library's
+            traceback.print_exc()
+    return found
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     args = parse(arguments)
     device = torch.device(args.device)
     layers: dict[str, Layer] = {name: CONTENDERS[name] for name in args.layers}
-    layers |= {name: peers.load(name) for name in args.peers}
+    rivals: dict[str, Layer] = {}  # of the shape that is being measured
     effort = parts.QUICK if args.quick else parts.FULL
     run: dict[str, Callable[[Shape], parts.Rows]] = {
-        "time": lambda s: parts.time_part(s, layers, effort, device),
-        "kernels": lambda s: parts.kernels_part(s, layers, effort, device),
+        "time": lambda s: parts.time_part(s, layers | rivals, effort, device),
+        "kernels": lambda s: parts.kernels_part(s, layers | rivals, effort, device),
         "weights": lambda s: parts.weights_part(s, effort, device),
         "fusion": lambda s: fusion.fusion_part(s, effort, device),
         "fusion backward": lambda s: fusion.fusion_backward_part(s, effort, device),
         "skew": lambda s: parts.skew_part(s, layers, effort, device),
-        "small": lambda s: parts.small_part(s, layers, effort, device),
-        "host": lambda s: parts.host_part(s, layers, effort, device),
+        "small": lambda s: parts.small_part(s, layers | rivals, effort, device),
+        "host": lambda s: parts.host_part(s, layers | rivals, effort, device),
     }
     everything: list[dict[str, Any]] = []
     failed: list[str] = []
     for label, shape in args.shape.items():
+        rivals = able(args.peers, shape, device)
+        failed += [f"{name} at {label}" for name in args.peers if name not in rivals]
         for part in args.parts:
             print(f"{part}, {label}: {shape}")
             try:
@@ -87,7 +103,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
                 harness.append_json(args.json, rows)
                 everything += rows
                 if part == "host" and args.profile_host:
-                    print_host_profile(shape, layers, device)
+                    print_host_profile(shape, layers | rivals, device)
             except Exception:  # the other parts' figures must not be lost with this one's
                 traceback.print_exc()
                 failed.append(f"{part} of {label}")

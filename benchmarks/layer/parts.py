@@ -123,7 +123,32 @@ def kernels_part(
                 elif r.bytes:
                     row["% of copy"] = 100 * r.bytes / r.time_us / copy
             rows.append(row)
+        if on_gpu and calls:
+            rows += [{"layer": name, **row} for row in _together(operators, copy)]
     return rows
+
+
+def _together(operators: list[traffic.Row], copy: float) -> Rows:
+    """The sums of a step: its GEMMs' rate, and of our other kernels the share of `copy`."""
+    gemms = [r for r in operators if r.flops]
+    others = [r for r in operators if r.bytes and not r.flops]
+    gemm_us, other_us = (sum(r.time_us for r in kind) for kind in (gemms, others))
+    moved = sum(r.bytes for r in others)
+    return [
+        {
+            "op": "all GEMMs",
+            "launches": sum(r.launches for r in gemms),
+            "sum us": gemm_us,
+            "TFLOP/s": sum(r.flops for r in gemms) / gemm_us / 1e6,
+        },
+        {
+            "op": "all others",
+            "launches": sum(r.launches for r in others),
+            "MB": moved / 1e6,
+            "sum us": other_us,
+            "% of copy": 100 * moved / other_us / copy,
+        },
+    ]
 
 
 def weights_part(shape: Shape, effort: Effort, device: torch.device) -> Rows:

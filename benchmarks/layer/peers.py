@@ -1,11 +1,8 @@
-"""Expert layers of other libraries, for machines that have them installed.
-
-TransformerEngine is not among them: its grouped linear layer takes the group sizes on the host and
-owns its parameters, so it cannot be called with the same tensors.
-"""
+"""Expert layers of other libraries, for machines that have them installed."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 
@@ -42,6 +39,32 @@ def _torchao() -> Layer:
     module = importlib.import_module("torchao.prototype.moe_training.fp8_grouped_mm")
     name = "_to_fp8_rowwise_then_scaled_grouped_mm"  # what its weight wrapper calls
     return padded_layer(getattr(module, name), 16)
+
+
+def _transformer_engine() -> Layer:
+    """TransformerEngine 2, FP8 block scales. It reads the group sizes on the host, and casts the
+    weights in every step."""
+    te = importlib.import_module("transformer_engine.pytorch")
+    recipe = importlib.import_module("transformer_engine.common.recipe").Float8BlockScaling()
+
+    @functools.cache
+    def linear(experts: int, k: int, n: int) -> torch.nn.Module:
+        return te.GroupedLinear(experts, k, n, bias=False, params_dtype=torch.bfloat16)
+
+    def grouped_mm(
+        rows: torch.Tensor,
+        w: torch.Tensor,
+        *,
+        offs: torch.Tensor,
+        pad_token_groups_for_grouped_mm: bool,
+    ) -> torch.Tensor:
+        sizes = offs.diff(prepend=offs.new_zeros(1)).tolist()
+        # Its parameters, one an expert, are replaced by those of the layer.
+        weights = {f"weight{i}": one for i, one in enumerate(w.transpose(1, 2).unbind())}
+        with te.fp8_autocast(enabled=True, fp8_recipe=recipe):
+            return torch.func.functional_call(linear(*w.shape), weights, (rows, sizes))
+
+    return padded_layer(grouped_mm, 16)
 
 
 def padded_layer(grouped_mm: Callable[..., torch.Tensor], unit: int) -> Layer:
@@ -89,7 +112,11 @@ def padded_layer(grouped_mm: Callable[..., torch.Tensor], unit: int) -> Layer:
     return layer
 
 
-PEERS: dict[str, Callable[[], Layer]] = {"sonicmoe": _sonicmoe, "torchao fp8 rowwise": _torchao}
+PEERS: dict[str, Callable[[], Layer]] = {
+    "sonicmoe": _sonicmoe,
+    "torchao fp8 rowwise": _torchao,
+    "transformer engine fp8": _transformer_engine,
+}
 
 
 def load(name: str) -> Layer:

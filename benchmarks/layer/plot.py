@@ -7,10 +7,10 @@ from typing import Any
 
 CLASSES = {
     "GEMM": ("gemm", "cutlass", "nvjet", "xmma"),
-    "cast": ("cast_per",),
-    "permute": ("permute", "route"),
     "SwiGLU": ("swiglu", "silu"),
-    "combine": ("gather",),
+    "permute": ("permute", "route"),
+    "cast": ("cast", "transpose_per_block"),
+    "combine": ("gather_sum", "gather_slots"),
     "between kernels": ("between kernels",),
 }
 """Class of a kernel: the first whose pattern its name contains; else "other"."""

@@ -74,7 +74,7 @@ def cast_permute_into(
     data: torch.Tensor,
     scale: torch.Tensor,
 ) -> None:
-    """`cast_permute` that writes to data and scale; padding stays as it is.
+    """`cast_permute` that writes to data and scale; padding rows are undefined afterwards, too.
 
     Args:
         x, row_of_slot, slot_of_row, pow2: as for `cast_permute`.

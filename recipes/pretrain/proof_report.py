@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ COLORS = {
     "bf16-nudged": "#bbbbbb", "fp8-fprop": "#ccbb44", "fp8-dgrad": "#66ccee",
     "fp8-wgrad": "#000000",
 }  # fmt: skip
-STYLES = ("-", "--", ":", "-.")
 
 Runs = Mapping[str, Any]
 
@@ -220,7 +219,10 @@ def _print_text(
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Writes the picture: losses, and their difference to BF16 of the same seed."""
+    """Writes the picture: losses, and their difference to BF16 of the same seed.
+
+    A thin line for each seed, a thick one for the mean of a setting's seeds.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -228,21 +230,20 @@ def draw(runs: Runs, path: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 5.5), dpi=110, layout="constrained")
     ordered = sorted(runs.values(), key=lambda r: (r["setting"] != BASE, r["seed"]))
-    seeds = sorted({r["seed"] for r in ordered})
     base = {r["seed"]: r["loss"] for r in ordered if r["setting"] == BASE}
     steps = max(len(r["loss"]) for r in ordered)
-    for one in ordered:
-        losses, color = one["loss"], COLORS.get(one["setting"], "black")
-        style = STYLES[seeds.index(one["seed"]) % len(STYLES)]
-        label = f"{one['setting']}, seed {one['seed']}"
-        span = max(1, steps // 50)
-        left.plot(smooth(losses, span), style, color=color, label=label, linewidth=1.2)
-        left.plot(*zip(*one["valid"], strict=True), "x", color=color)
-        if one["seed"] in base and one["setting"] != BASE:
-            pairs = zip(losses, base[one["seed"]], strict=True)
-            percent = [100 * relative(a, b) for a, b in pairs]
-            span = max(1, steps // 20)
-            right.plot(smooth(percent, span), style, color=color, label=label, linewidth=1.2)
+    for setting in dict.fromkeys(r["setting"] for r in ordered):
+        several = [r for r in ordered if r["setting"] == setting]
+        color = COLORS.get(setting, "black")
+        _lines(left, setting, color, [r["loss"] for r in several], max(1, steps // 50))
+        for one in several:
+            left.plot(*zip(*one["valid"], strict=True), "x", color=color, markersize=4)
+        percent = [
+            [100 * relative(a, b) for a, b in zip(one["loss"], base[one["seed"]], strict=True)]
+            for one in several
+            if one["seed"] in base and setting != BASE
+        ]
+        _lines(right, setting, color, percent, max(1, steps // 20))
     left.set_title("Loss, running mean (lines) and held out (crosses)")
     left.set_ylabel("nats per byte")
     ends = [r["loss"][-1] for r in ordered]
@@ -252,11 +253,24 @@ def draw(runs: Runs, path: Path) -> None:
     for axis in (left, right):
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="upper right")
     partial = path.with_name(f".partial-{path.name}")
     figure.savefig(partial, format="png")
     pyplot.close(figure)
     partial.replace(path)
+
+
+def _lines(
+    axis: Any, setting: str, color: str, curves: Sequence[Sequence[float]], span: int
+) -> None:
+    """Running means over `span` steps: thin, and their mean with the label."""
+    if not curves:
+        return
+    for curve in curves if len(curves) > 1 else ():
+        axis.plot(smooth(curve, span), color=color, linewidth=0.6, alpha=0.45)
+    mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+    seeds = f"{len(curves)} seed" + ("s" if len(curves) > 1 else "")
+    axis.plot(smooth(mean, span), color=color, linewidth=2, label=f"{setting}, {seeds}")
 
 
 def _bar(axis: Any, steps: int) -> None:

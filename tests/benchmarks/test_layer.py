@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import types
 
 import pytest
 import torch
@@ -63,6 +65,43 @@ def test_the_padded_layer_of_a_peer_computes_the_layer():
     padded = step(peers.padded_layer(grouped_mm, 16), inputs)()
     for a, b in zip(padded, step(torch_bf16, inputs)(), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+class _GroupedLinear(torch.nn.Module):
+    """The interface of TransformerEngine's layer: its own parameters, sizes on the host."""
+
+    def __init__(self, num_gemms, in_features, out_features, *, bias, params_dtype):
+        super().__init__()
+        assert not bias
+        self.num_gemms = num_gemms
+        for i in range(num_gemms):
+            empty = torch.full((out_features, in_features), torch.nan, dtype=params_dtype)
+            self.register_parameter(f"weight{i}", torch.nn.Parameter(empty))
+
+    def forward(self, rows, m_splits):
+        assert all(type(m) is int and m % 16 == 0 for m in m_splits)
+        weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
+        parts = zip(rows.split(m_splits), weights, strict=True)
+        return torch.cat([part @ w.t() for part, w in parts])
+
+
+def test_transformer_engine_gets_the_weights_of_the_layer(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def fp8_autocast(enabled, fp8_recipe):
+        entered.append((enabled, fp8_recipe))
+        yield
+
+    te = types.SimpleNamespace(GroupedLinear=_GroupedLinear, fp8_autocast=fp8_autocast)
+    recipe = types.SimpleNamespace(Float8BlockScaling=lambda: "blocks")
+    modules = {"transformer_engine.pytorch": te, "transformer_engine.common.recipe": recipe}
+    monkeypatch.setattr(peers.importlib, "import_module", modules.__getitem__)
+    inputs = make_inputs(SHAPE, CPU, "zipf")
+    results = step(peers.load("transformer engine fp8"), inputs)()
+    for a, b in zip(results, step(torch_bf16, inputs)(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+    assert entered == [(True, "blocks")] * 2
 
 
 def test_routings_have_the_load_they_promise():
@@ -246,6 +285,22 @@ def test_a_part_that_fails_does_not_take_the_others_along(monkeypatch, capsys):
     assert "planted" in captured.err and "cast w13 and w2" in captured.out
 
 
+def test_a_peer_that_fails_does_not_take_the_others_along(monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("planted")
+
+    monkeypatch.setitem(peers.PEERS, "sonicmoe", lambda: broken)
+    monkeypatch.setitem(peers.PEERS, "torchao fp8 rowwise", lambda: torch_bf16)
+    with pytest.raises(SystemExit, match="failed: sonicmoe at 96,2,4,256,128"):
+        command.main(
+            ["--device", "cpu", "--shape", "96,2,4,256,128", "--quick", "--parts", "time"]
+            + ["--peers", "sonicmoe", "torchao fp8 rowwise"]
+        )
+    captured = capsys.readouterr()
+    assert "planted" in captured.err and "sonicmoe" not in captured.out
+    assert "torchao fp8 rowwise" in captured.out and BASELINE in captured.out
+
+
 def test_fresh_leaves_share_values_but_not_their_graph():
     inputs = make_inputs(SHAPE, CPU)
     fresh = inputs.with_fresh_leaves()
@@ -266,13 +321,55 @@ def test_command_refuses_bad_arguments(arguments, capsys):
     assert "expected" in error or "invalid choice" in error
 
 
-def test_a_peer_that_is_missing_says_so(monkeypatch):
+def test_a_peer_that_is_missing_says_so(monkeypatch, capsys):
     def missing(name):
         raise ImportError(f"No module named {name!r}")
 
     monkeypatch.setattr(peers.importlib, "import_module", missing)
-    with pytest.raises(RuntimeError, match="peer sonicmoe: expected its library"):
-        peers.load("sonicmoe")
+    for name in peers.PEERS:
+        with pytest.raises(RuntimeError, match=f"peer {name}: expected its library"):
+            peers.load(name)
+    with pytest.raises(SystemExit, match="2"):
+        command.parse(["--device", "cpu", "--peers", "sonicmoe"])
+    assert "peer sonicmoe: expected its library" in capsys.readouterr().err
+
+
+def test_sums_of_a_step():
+    rows = [
+        traffic.Row("gemm a", 1, 10.0, 40, 3e7),
+        traffic.Row("gemm b", 1, 20.0, 40, 3e7),
+        traffic.Row("cast", 2, 5.0, 100),
+        traffic.Row("memset", 3, 7.0),
+        traffic.Row("between kernels", 0, 1.0),
+    ]
+    assert parts._together(rows, 40.0) == [
+        {"op": "all GEMMs", "launches": 2, "sum us": 30.0, "TFLOP/s": 2.0},
+        {"op": "all others", "launches": 2, "MB": 1e-4, "sum us": 5.0, "% of copy": 50.0},
+    ]
+
+
+CLASSES = {
+    "route": "permute",
+    "cast_permute": "permute",
+    "cast_permute_both": "permute",
+    "permute_fp8_to_channel": "permute",
+    "cast_per_token": "cast",
+    "cast_per_block_both": "cast",
+    "transpose_per_block": "cast",
+    "swiglu_cast": "SwiGLU",
+    "gather_sum": "combine",
+    "gather_slots": "combine",
+    "m_grouped_gemm_swiglu N=1536 K=2048": "GEMM",
+    "k_grouped_gemm 2048 x 768": "GEMM",
+    "between kernels": "between kernels",
+    "void at::native::vectorized_gather_kernel<16, long>": "other",
+}
+
+
+@pytest.mark.parametrize("op", CLASSES)
+def test_classes_of_the_plot(op):
+    assert plot.class_of(op) == CLASSES[op]
+    assert "other" not in map(plot.class_of, traffic.KERNELS)
 
 
 def test_plot_draws_a_bar_for_each_layer(tmp_path):
@@ -299,7 +396,8 @@ def test_parts_on_the_gpu(tmp_path):
         ["--shape", "1024,2,8,512,256", "--quick", "--plot", str(tmp_path / "layer.png")]
     )
     kernels = [r for r in rows if r["part"] == "kernels" and r["layer"] in FP8MOE]
-    assert all(r["us"] > 0 for r in kernels if r["op"] != "between kernels")
+    assert all(r["us"] > 0 for r in kernels if "us" in r and r["op"] != "between kernels")
+    assert all(r["sum us"] > 0 for r in kernels if r["op"].startswith("all "))
     assert {"% of copy", "TFLOP/s"} <= {key for r in kernels for key in r}
     for row in rows:
         if row["part"] == "time":

@@ -214,7 +214,8 @@ def test_memory_held_for_backward(make_layer, save):
 
 
 def test_memory_on_top_of_the_gradients(make_layer):
-    """The last weight gradient, when all others exist, finds only its operands still there."""
+    """The last weight gradient, when all others exist, finds only its operands still there, and
+    what forward left (the graph holds h until the layer's backward is over)."""
     tokens, topk, experts, hidden, inner = 4096, 4, 32, 1024, 512
     layer = make_layer(tokens, topk, experts, hidden, inner, weight_dtype=torch.bfloat16)
     leaves = layer.leaves()

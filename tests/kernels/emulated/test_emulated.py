@@ -264,7 +264,7 @@ def test_permute_fp8(emulated: Start, pow2_in: bool, pow2: bool, spread: int) ->
                 assert_same(got[at], wanted[at])
 
 
-@pytest.mark.parametrize(("topk", "hidden"), [(1, 128), (3, 1408)])
+@pytest.mark.parametrize(("topk", "hidden"), [(1, 128), (3, 1408), (35, 128)])
 @pytest.mark.parametrize(("pow2", "spread"), [(True, 5), (True, 40), (False, 5)])
 def test_cast_permute(emulated: Start, pow2: bool, spread: int, topk: int, hidden: int) -> None:
     _, _, row_of_slot, slot_of_row, _, _ = routed(50, topk, 4, 0.1)
