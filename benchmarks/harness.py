@@ -24,6 +24,7 @@ FLUSH_BYTES = 256 << 20  # several times the L2 of an H100 (50 MB) or H200 (60 M
 COPY_BYTES = 1 << 30
 COOL_BYTES = 8 << 30  # read in about 3 ms
 _SPIN_CYCLES = 300_000
+_LONGEST = 60  # characters of a cell of a table
 
 
 def machine() -> dict[str, object]:
@@ -223,10 +224,14 @@ def copy_rate() -> float:
     return 2 * COPY_BYTES / time_interleaved({"copy": lambda: target.copy_(source)}, 10)["copy"]
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
 def table(rows: list[dict[str, object]], columns: list[str]) -> str:
-    """Rows as aligned text."""
+    """Rows as aligned text; what is longer than _LONGEST (names of foreign kernels) is cut."""
     cells = [columns] + [
-        [f"{v:.3g}" if isinstance(v := row.get(c, ""), float) else str(v) for c in columns]
+        [f"{v:.3g}" if isinstance(v := row.get(c, ""), float) else _cut(str(v)) for c in columns]
         for row in rows
     ]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]

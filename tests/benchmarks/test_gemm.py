@@ -17,6 +17,12 @@ def test_kernel_time_is_summed_between_flushes():
     assert harness.between_flushes(records, {"flush"}) == [4.0 + 5.0, 7.0, 0.0]
 
 
+def test_table_cuts_what_is_too_long():
+    lines = harness.table([{"op": "x" * 500, "us": 1.25}, {"op": "y"}], ["op", "us"]).splitlines()
+    assert lines[1] == "x" * 57 + "...  1.25"
+    assert lines[2] == "y".rjust(60) + " " * 6
+
+
 @pytest.mark.parametrize("groups, mean", [(4, 8192), (8, 4096)])
 def test_moved_groups_keep_their_rows_and_end_off_the_blocks(groups, mean):
     sizes = gemm._sizes(gemm.Shape("unaligned", groups, mean, 256, 256, moved=True), mean)
