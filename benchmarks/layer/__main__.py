@@ -60,53 +60,41 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def able(layers: dict[str, Layer], shape: Shape, device: torch.device) -> dict[str, Layer]:
-    """Those that can run a step of this shape; why the others cannot goes to stderr."""
-    inputs = make_inputs(shape, device)
-    found = {}
-    for name, layer in layers.items():
-        try:
-            step(layer, inputs)()
-            found[name] = layer
-        except Exception:  # a foreign library's
-            traceback.print_exc()
-    return found
-
-
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     args = parse(arguments)
     device = torch.device(args.device)
     layers: dict[str, Layer] = {name: CONTENDERS[name] for name in args.layers}
-    rivals: dict[str, Layer] = {}  # of the shape that is being measured
     effort = parts.QUICK if args.quick else parts.FULL
-    run: dict[str, Callable[[Shape], parts.Rows]] = {
-        "time": lambda s: parts.time_part(s, layers | rivals, effort, device),
-        "kernels": lambda s: parts.kernels_part(s, layers | rivals, effort, device),
-        "weights": lambda s: parts.weights_part(s, effort, device),
-        "fusion": lambda s: fusion.fusion_part(s, effort, device),
-        "fusion backward": lambda s: fusion.fusion_backward_part(s, effort, device),
-        "skew": lambda s: parts.skew_part(s, layers, effort, device),
-        "small": lambda s: parts.small_part(s, layers | rivals, effort, device),
-        "host": lambda s: parts.host_part(s, layers | rivals, effort, device),
+    run: dict[str, Callable[[Shape, dict[str, Layer]], parts.Rows]] = {
+        "time": lambda s, some: parts.time_part(s, some, effort, device),
+        "kernels": lambda s, some: parts.kernels_part(s, some, effort, device),
+        "weights": lambda s, some: parts.weights_part(s, effort, device),
+        "fusion": lambda s, some: fusion.fusion_part(s, effort, device),
+        "fusion backward": lambda s, some: fusion.fusion_backward_part(s, effort, device),
+        "skew": lambda s, some: parts.skew_part(s, some, effort, device),
+        "small": lambda s, some: parts.small_part(s, some, effort, device),
+        "host": lambda s, some: parts.host_part(s, some, effort, device),
     }
     everything: list[dict[str, Any]] = []
     failed: list[str] = []
     for label, shape in args.shape.items():
-        rivals = able(args.peers, shape, device)
-        failed += [f"{name} at {label}" for name in args.peers if name not in rivals]
         for part in args.parts:
             print(f"{part}, {label}: {shape}")
-            try:
-                rows = [{"part": part, "shape": label, **row} for row in run[part](shape)]
-                columns = list(dict.fromkeys(c for row in rows for c in row))[2:]
-                print(harness.table(rows, columns), end="\n\n", flush=True)
-                harness.append_json(args.json, rows)
-                everything += rows
-                if part == "host" and args.profile_host:
-                    print_host_profile(shape, layers | rivals, device)
-            except Exception:  # the other parts' figures must not be lost with this one's
-                traceback.print_exc()
-                failed.append(f"{part} of {label}")
+            # Where a peer fails, ours are measured once more without the peers.
+            for some in (layers | args.peers, layers) if args.peers else (layers,):
+                try:
+                    measured = run[part](shape, some)
+                    rows = [{"part": part, "shape": label, **row} for row in measured]
+                    columns = list(dict.fromkeys(c for row in rows for c in row))[2:]
+                    print(harness.table(rows, columns), end="\n\n", flush=True)
+                    harness.append_json(args.json, rows)
+                    everything += rows
+                    if part == "host" and args.profile_host:
+                        print_host_profile(shape, some, device)
+                    break
+                except Exception:  # the other parts' figures must not be lost with this one's
+                    traceback.print_exc()
+                    failed.append(f"{part} of {label}" + (" with peers" if some != layers else ""))
             fp8moe.clear_weight_cache()
             if device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -136,13 +136,13 @@ def _together(operators: list[traffic.Row], copy: float) -> Rows:
     moved = sum(r.bytes for r in others)
     return [
         {
-            "op": "all GEMMs",
+            "op": "our GEMMs",
             "launches": sum(r.launches for r in gemms),
             "sum us": gemm_us,
             "TFLOP/s": sum(r.flops for r in gemms) / gemm_us / 1e6,
         },
         {
-            "op": "all others",
+            "op": "our others",
             "launches": sum(r.launches for r in others),
             "MB": moved / 1e6,
             "sum us": other_us,

@@ -122,11 +122,11 @@ PEERS: dict[str, Callable[[], Layer]] = {
 def load(name: str) -> Layer:
     """The layer of a peer.
 
-    Raises: RuntimeError when its library is not installed.
+    Raises: RuntimeError when its library is not installed or lacks what the layer needs.
     """
     try:
         return PEERS[name]()
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # not there, or another version
         raise RuntimeError(
             f"peer {name}: expected its library to be installed ({error})"
         ) from error

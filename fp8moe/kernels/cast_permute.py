@@ -1,4 +1,4 @@
-"""Rows of high precision cast per token on their way to expert order: nothing is stored in between.
+"""Rows of high precision cast per token on their way to expert order, where alone they are written.
 
 Bit for bit `cast_per_token` followed by the permutation of its result. With BF16 input each is one
 pass over the rows; other dtypes run the two steps.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,7 +229,11 @@ def draw(runs: Runs, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 5.5), dpi=110, layout="constrained")
-    ordered = sorted(runs.values(), key=lambda r: (r["setting"] != BASE, r["seed"]))
+    # What is drawn later covers what came before: BF16 settings first.
+    ordered = sorted(
+        runs.values(),
+        key=lambda r: (not r["setting"].startswith(BASE), r["setting"] != BASE, r["seed"]),
+    )
     base = {r["seed"]: r["loss"] for r in ordered if r["setting"] == BASE}
     steps = max(len(r["loss"]) for r in ordered)
     for setting in dict.fromkeys(r["setting"] for r in ordered):
@@ -239,7 +243,7 @@ def draw(runs: Runs, path: Path) -> None:
         for one in several:
             left.plot(*zip(*one["valid"], strict=True), "x", color=color, markersize=4)
         percent = [
-            [100 * relative(a, b) for a, b in zip(one["loss"], base[one["seed"]], strict=True)]
+            [100 * relative(a, b) for a, b in zip(one["loss"], base[one["seed"]], strict=False)]
             for one in several
             if one["seed"] in base and setting != BASE
         ]
@@ -260,15 +264,13 @@ def draw(runs: Runs, path: Path) -> None:
     partial.replace(path)
 
 
-def _lines(
-    axis: Any, setting: str, color: str, curves: Sequence[Sequence[float]], span: int
-) -> None:
-    """Running means over `span` steps: thin, and their mean with the label."""
+def _lines(axis: Any, setting: str, color: str, curves: list[list[float]], span: int) -> None:
+    """Running means over `span` steps: thin, and their mean, as far as all go, with the label."""
     if not curves:
         return
     for curve in curves if len(curves) > 1 else ():
         axis.plot(smooth(curve, span), color=color, linewidth=0.6, alpha=0.45)
-    mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+    mean = [statistics.fmean(values) for values in zip(*curves, strict=False)]
     seeds = f"{len(curves)} seed" + ("s" if len(curves) > 1 else "")
     axis.plot(smooth(mean, span), color=color, linewidth=2, label=f"{setting}, {seeds}")
 

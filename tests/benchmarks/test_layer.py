@@ -290,15 +290,22 @@ def test_a_peer_that_fails_does_not_take_the_others_along(monkeypatch, capsys):
         raise RuntimeError("planted")
 
     monkeypatch.setitem(peers.PEERS, "sonicmoe", lambda: broken)
-    monkeypatch.setitem(peers.PEERS, "torchao fp8 rowwise", lambda: torch_bf16)
-    with pytest.raises(SystemExit, match="failed: sonicmoe at 96,2,4,256,128"):
+    with pytest.raises(SystemExit, match="failed: time of 96,2,4,256,128 with peers$"):
         command.main(
             ["--device", "cpu", "--shape", "96,2,4,256,128", "--quick", "--parts", "time"]
-            + ["--peers", "sonicmoe", "torchao fp8 rowwise"]
+            + ["--peers", "sonicmoe"]
         )
     captured = capsys.readouterr()
     assert "planted" in captured.err and "sonicmoe" not in captured.out
-    assert "torchao fp8 rowwise" in captured.out and BASELINE in captured.out
+    assert BASELINE in captured.out and "fp8moe recompute" in captured.out
+
+
+def test_a_peer_is_measured_with_the_others(monkeypatch, capsys):
+    monkeypatch.setitem(peers.PEERS, "sonicmoe", lambda: torch_bf16)
+    shape = ["--device", "cpu", "--shape", "96,2,4,256,128", "--quick"]
+    rows = command.main([*shape, "--parts", "time", "small", "--peers", "sonicmoe"])
+    found = [row["part"] for row in rows if row["layer"] == "sonicmoe"]
+    assert found == ["time", "small"]
 
 
 def test_fresh_leaves_share_values_but_not_their_graph():
@@ -332,6 +339,9 @@ def test_a_peer_that_is_missing_says_so(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         command.parse(["--device", "cpu", "--peers", "sonicmoe"])
     assert "peer sonicmoe: expected its library" in capsys.readouterr().err
+    monkeypatch.setattr(peers.importlib, "import_module", lambda name: object())
+    with pytest.raises(RuntimeError, match="peer transformer engine fp8: .*Float8BlockScaling"):
+        peers.load("transformer engine fp8")
 
 
 def test_sums_of_a_step():
@@ -343,8 +353,8 @@ def test_sums_of_a_step():
         traffic.Row("between kernels", 0, 1.0),
     ]
     assert parts._together(rows, 40.0) == [
-        {"op": "all GEMMs", "launches": 2, "sum us": 30.0, "TFLOP/s": 2.0},
-        {"op": "all others", "launches": 2, "MB": 1e-4, "sum us": 5.0, "% of copy": 50.0},
+        {"op": "our GEMMs", "launches": 2, "sum us": 30.0, "TFLOP/s": 2.0},
+        {"op": "our others", "launches": 2, "MB": 1e-4, "sum us": 5.0, "% of copy": 50.0},
     ]
 
 
@@ -397,8 +407,8 @@ def test_parts_on_the_gpu(tmp_path):
     )
     kernels = [r for r in rows if r["part"] == "kernels" and r["layer"] in FP8MOE]
     assert all(r["us"] > 0 for r in kernels if "us" in r and r["op"] != "between kernels")
-    assert all(r["sum us"] > 0 for r in kernels if r["op"].startswith("all "))
-    assert {"% of copy", "TFLOP/s"} <= {key for r in kernels for key in r}
+    assert all(r["sum us"] > 0 for r in kernels if r["op"].startswith("our "))
+    assert {"% of copy", "TFLOP/s"} <= {key for r in kernels if "us" in r for key in r}
     for row in rows:
         if row["part"] == "time":
             assert row["peak GiB"] > 0 and row["graph ms"] > 0, row

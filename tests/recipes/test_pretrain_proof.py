@@ -256,3 +256,19 @@ def test_without_its_bf16_run_a_run_is_held_against_none() -> None:
     runs = {"a": _run("bf16", 0, 1.0), "c": _run("fp8", 1, 1.0)}
     assert proof_report.against_base(runs) == {"fp8": {}}
     assert "within" not in _tables(runs)
+
+
+def test_picture_has_a_line_for_each_seed_and_one_for_their_mean() -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure, axis = pyplot.subplots()
+    curves = [[1.0, 2.0, 3.0], [3.0, 4.0, 5.0, 6.0]]
+    proof_report._lines(axis, "fp8", "red", curves, span=1)
+    *thin, thick = axis.lines
+    assert [list(line.get_ydata()) for line in thin] == curves
+    assert list(thick.get_ydata()) == [2.0, 3.0, 4.0]
+    assert thick.get_label() == "fp8, 2 seeds"
+    assert all(line.get_linewidth() < thick.get_linewidth() for line in thin)
+    proof_report._lines(axis, "bf16", "blue", [], span=1)
+    proof_report._lines(axis, "bf16", "blue", curves[:1], span=1)
+    assert [line.get_label() for line in axis.lines[3:]] == ["bf16, 1 seed"]
+    pyplot.close(figure)

@@ -267,7 +267,7 @@ def test_permute_fp8(emulated: Start, pow2_in: bool, pow2: bool, spread: int) ->
 @pytest.mark.parametrize(("topk", "hidden"), [(1, 128), (3, 1408), (35, 128)])
 @pytest.mark.parametrize(("pow2", "spread"), [(True, 5), (True, 40), (False, 5)])
 def test_cast_permute(emulated: Start, pow2: bool, spread: int, topk: int, hidden: int) -> None:
-    _, _, row_of_slot, slot_of_row, _, _ = routed(50, topk, 4, 0.1)
+    _, _, row_of_slot, slot_of_row, _, _ = routed(50, topk, max(4, topk), 0.1)
     x = torch.randn(50, hidden) * torch.randint(-spread, spread + 1, (50, 1)).exp2()
     x[3] = 0
     x[:, 17] = 0
@@ -277,7 +277,13 @@ def test_cast_permute(emulated: Start, pow2: bool, spread: int, topk: int, hidde
     used = used_rows(slot_of_row)
     real = slot_of_row[:used] >= 0
     expected = reference.cast_permute_both(x, slot_of_row, topk, pow2)
-    rows = cast_permute._rows_cuda(x, row_of_slot, slot_of_row, pow2)
+    rows = permute.rows_like(x, slot_of_row)
+    rows[0].view(torch.uint8).fill_(0x55)
+    rows[1].fill_(7.0)
+    cast_permute.launch_rows(x, row_of_slot, slot_of_row, pow2, *rows)
+    assert (rows[1][slot_of_row == -1] == 2.0**-56).all()
+    assert (rows[1][slot_of_row == -2] == 7.0).all()
+    assert (rows[0].view(torch.uint8)[slot_of_row < 0] == 0x55).all()
     sent = in_packets(*map(torch.zeros_like, rows))
     cast_permute.launch_rows(x, row_of_slot, slot_of_row, pow2, *sent)
     wide = in_packets(*map(torch.zeros_like, rows))
