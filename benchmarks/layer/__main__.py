@@ -16,6 +16,7 @@ from benchmarks.layer.contenders import CONTENDERS, Layer, step
 from benchmarks.layer.workload import Shape, make_inputs, parse_shape
 from benchmarks.memory import SHAPES
 
+Part = Callable[[Shape, dict[str, Layer]], parts.Rows]
 PARTS = ("time", "kernels", "weights", "fusion", "fusion backward", "skew", "small", "host")
 
 
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     device = torch.device(args.device)
     layers: dict[str, Layer] = {name: CONTENDERS[name] for name in args.layers}
     effort = parts.QUICK if args.quick else parts.FULL
-    run: dict[str, Callable[[Shape, dict[str, Layer]], parts.Rows]] = {
+    run: dict[str, Part] = {
         "time": lambda s, some: parts.time_part(s, some, effort, device),
         "kernels": lambda s, some: parts.kernels_part(s, some, effort, device),
         "weights": lambda s, some: parts.weights_part(s, effort, device),
@@ -80,21 +81,21 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     for label, shape in args.shape.items():
         for part in args.parts:
             print(f"{part}, {label}: {shape}")
-            # Where a peer fails, ours are measured once more without the peers.
-            for some in (layers | args.peers, layers) if args.peers else (layers,):
-                try:
-                    measured = run[part](shape, some)
-                    rows = [{"part": part, "shape": label, **row} for row in measured]
-                    columns = list(dict.fromkeys(c for row in rows for c in row))[2:]
-                    print(harness.table(rows, columns), end="\n\n", flush=True)
-                    harness.append_json(args.json, rows)
-                    everything += rows
-                    if part == "host" and args.profile_host:
-                        print_host_profile(shape, some, device)
-                    break
-                except Exception:  # the other parts' figures must not be lost with this one's
-                    traceback.print_exc()
-                    failed.append(f"{part} of {label}" + (" with peers" if some != layers else ""))
+            try:
+                found = with_peers(run[part], shape, layers, args.peers)
+                if found is None:
+                    failed.append(f"{part} of {label} with peers")
+                    found = run[part](shape, layers)
+                rows = [{"part": part, "shape": label, **row} for row in found]
+                columns = list(dict.fromkeys(c for row in rows for c in row))[2:]
+                print(harness.table(rows, columns), end="\n\n", flush=True)
+                harness.append_json(args.json, rows)
+                everything += rows
+                if part == "host" and args.profile_host:
+                    print_host_profile(shape, layers | args.peers, device)
+            except Exception:  # the other parts' figures must not be lost with this one's
+                traceback.print_exc()
+                failed.append(f"{part} of {label}")
             fp8moe.clear_weight_cache()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -103,6 +104,19 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
     return everything
+
+
+def with_peers(
+    part: Part, shape: Shape, layers: dict[str, Layer], rivals: dict[str, Layer]
+) -> parts.Rows | None:
+    """A part with the peers; None where one of them fails, which must not cost ours their row."""
+    try:
+        return part(shape, layers | rivals)
+    except Exception:
+        if not rivals:
+            raise
+        traceback.print_exc()
+        return None
 
 
 def print_host_profile(shape: Shape, layers: dict[str, Layer], device: torch.device) -> None:

@@ -128,5 +128,5 @@ def load(name: str) -> Layer:
         return PEERS[name]()
     except (ImportError, AttributeError) as error:  # not there, or another version
         raise RuntimeError(
-            f"peer {name}: expected its library to be installed ({error})"
+            f"peer {name}: expected its library, with what the layer calls ({error})"
         ) from error

@@ -90,7 +90,7 @@ def launch_rows(
     check_aligned(x=x)
     topk, blocks = row_of_slot.shape[1], columns // BLOCK
     mn_major = scale.stride(0) == 1
-    # Of tokens, each row 16-byte aligned.
+    # A row a token, of whole 16 bytes: permute_scales loads so many at once.
     written = scale.new_empty((tokens, ceil_div(blocks, 4) * 4)) if mn_major else scale
     _rows_kernel(pow2)(
         ceil_div(tokens, THREADS // 32) * ceil_div(columns, WARP_COLUMNS),
